@@ -1,0 +1,1 @@
+"""Cost formulas of attention systems."""

@@ -1,0 +1,1 @@
+"""Embedded and Hugging Face models, texts and images."""

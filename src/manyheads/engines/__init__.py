@@ -1,0 +1,1 @@
+"""How attention is computed: five engines, each with CPU and GPU paths, shared by all operators."""

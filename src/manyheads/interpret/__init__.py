@@ -1,0 +1,1 @@
+"""Analyses of attention heads: functions from (model, data) to a result object."""

@@ -1,0 +1,1 @@
+"""Attention layers (projections around an operator), one file per layer."""

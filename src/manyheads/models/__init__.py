@@ -1,0 +1,1 @@
+"""Complete models: vision backbones and language models, their registry and their checkpoints."""

@@ -1,0 +1,1 @@
+"""Losses and regularisers that papers add to training."""

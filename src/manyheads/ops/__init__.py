@@ -1,0 +1,1 @@
+"""Attention operators: pure functions on tensors, one file per operator."""

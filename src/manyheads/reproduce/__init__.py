@@ -1,0 +1,1 @@
+"""The papers' claims as runnable checks, one file per system."""
