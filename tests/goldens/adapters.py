@@ -1,7 +1,7 @@
 """The golden contract: for every system that works, a function ``(config, state, inputs) -> outputs``.
 
-``config`` is the reference implementation's own configuration, ``state`` a state dict in the authors' layout, ``inputs``
-and ``outputs`` dicts of arrays. Adapters call the public API only and serve every option that the spec sheets name:
+``config`` is the reference implementation's own configuration, ``state`` a state dict in the authors' layout, inputs
+and outputs are dicts of arrays. Adapters call the public API only and serve every option that the spec sheets name:
 ``MANYHEADS_GOLDENS=FOLDER pytest tests/goldens`` runs further cases from any folder.
 """
 
