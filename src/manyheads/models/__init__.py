@@ -1,1 +1,15 @@
-"""Complete models: vision backbones and language models, their registry and their checkpoints."""
+"""Complete models with the authors' checkpoints: ``create_model``, ``list_models``; vision models live in ``vision``."""
+
+from manyheads.models import vision  # registers the vision models
+from manyheads.models.checkpoints import CheckpointError, load_checkpoint, read_state, save_checkpoint
+from manyheads.models.registry import create_model, list_models
+
+__all__ = [
+    "CheckpointError",
+    "create_model",
+    "list_models",
+    "load_checkpoint",
+    "read_state",
+    "save_checkpoint",
+    "vision",
+]

@@ -1,1 +1,1 @@
-"""Vision backbones, built on timm and registered with it under the prefix `manyheads_`."""
+"""Vision models on timm's parts, one file per system; importing this package registers them all with timm."""
