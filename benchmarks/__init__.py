@@ -1,0 +1,1 @@
+"""Every engine against dense SDPA and the best alternative installable here: `make bench`."""

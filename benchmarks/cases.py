@@ -1,0 +1,230 @@
+"""What is timed: each case builds, for one length, the contestants as functions of the same inputs.
+
+A contestant is ``f(*inputs) -> Tensor``. The first one is ours, "dense SDPA" is the yardstick, the rest are the best
+alternatives installable here. Contestants that cannot train (compiled FlexAttention on CPU) say so with ``trains``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+OURS, SDPA = "manyheads", "dense SDPA"
+
+
+@dataclass
+class Round:
+    """One case at one length."""
+
+    inputs: tuple[Tensor, ...]
+    contestants: dict[str, Callable[..., Tensor]]
+    forward_only: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A named benchmark: ``build(length, device, dtype)`` makes the contestants for a number of tokens."""
+
+    name: str
+    engine: str
+    build: Callable[[int, str, torch.dtype], Round]
+    lengths: tuple[int, ...] = (1024, 4096, 16384)
+    backward: bool = True
+
+
+def _installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def _normal(*shape: int, device: str, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, device=device, dtype=dtype)
+
+
+def _qkv(length: int, device: str, dtype: torch.dtype, heads: int = 2, head_dim: int = 64) -> tuple[Tensor, ...]:
+    return tuple(_normal(1, heads, length, head_dim, device=device, dtype=dtype) for _ in range(3))
+
+
+def _compiled_flex(device: str, length: int, mask_mod: Callable) -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    block_mask = create_block_mask(mask_mod, None, None, length, length, device=device)
+    return torch.compile(partial(flex_attention, block_mask=block_mask), dynamic=False)
+
+
+def learnable_bias(length: int, device: str, dtype: torch.dtype) -> Round:
+    """Softmax with a dense additive bias that is trained; SDPA falls back to its quadratic-memory path."""
+    from manyheads.engines.dense import attention
+
+    bias = _normal(2, length, length, device=device, dtype=dtype)
+    return Round(
+        (*_qkv(length, device, dtype), bias),
+        {
+            OURS: lambda q, k, v, b: attention(q, k, v, bias=b),
+            SDPA: lambda q, k, v, b: F.scaled_dot_product_attention(q, k, v, attn_mask=b[None]),
+        },
+    )
+
+
+def sliding_window(length: int, device: str, dtype: torch.dtype) -> Round:
+    """A window of 129 tokens in one dimension."""
+    from manyheads.ops.neighborhood import neighborhood_attention
+
+    contestants: dict[str, Callable[..., Tensor]] = {
+        OURS: lambda q, k, v: neighborhood_attention(q, k, v, window=129),
+        SDPA: F.scaled_dot_product_attention,
+        "compiled FlexAttention": _compiled_flex(device, length, lambda b, h, q, k: (q - k).abs() <= 64),
+    }
+    return Round(_qkv(length, device, dtype), contestants, set() if device == "cuda" else {"compiled FlexAttention"})
+
+
+def neighborhood_2d(length: int, device: str, dtype: torch.dtype) -> Round:
+    """The 7 x 7 neighbourhood of NAT on a square map."""
+    from manyheads.ops.neighborhood import neighborhood_attention
+
+    side = round(length**0.5)
+    grid = tuple(_normal(1, 2, side, side, 32, device=device, dtype=dtype) for _ in range(3))
+
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3))
+
+    def clamped(position: Tensor) -> Tensor:
+        return position.clamp(3, side - 4)
+
+    def neighbours(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        rows = (clamped(q // side) - k // side).abs() <= 3
+        return rows & ((clamped(q % side) - k % side).abs() <= 3)
+
+    flex = _compiled_flex(device, side * side, neighbours)
+    contestants: dict[str, Callable[..., Tensor]] = {
+        OURS: lambda q, k, v: neighborhood_attention(q, k, v, window=7),
+        SDPA: dense,
+        "compiled FlexAttention": lambda q, k, v: flex(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3)),
+    }
+    forward_only = set() if device == "cuda" else {"compiled FlexAttention"}
+    if _installed("natten") and (device == "cuda" or side <= 64):
+        # On a CPU NATTEN has only eager FlexAttention, which holds all pairs: longer maps do not fit.
+        from natten import na2d
+
+        def natten(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = (x.permute(0, 2, 3, 1, 4).contiguous() for x in (q, k, v))
+            return na2d(q, k, v, kernel_size=7).permute(0, 3, 1, 2, 4)
+
+        contestants["NATTEN"] = natten
+        forward_only |= set() if device == "cuda" else {"NATTEN"}
+    return Round(grid, contestants, forward_only)
+
+
+def linear_decay(length: int, device: str, dtype: torch.dtype) -> Round:
+    """Causal linear attention with a decay for each head (lightning attention)."""
+    from manyheads.ops.lightning import lightning_attention, lightning_slopes
+
+    slopes = lightning_slopes(8).to(device)
+    contestants: dict[str, Callable[..., Tensor]] = {
+        OURS: lambda q, k, v: lightning_attention(q, k, v, slopes=slopes),
+        SDPA: partial(F.scaled_dot_product_attention, is_causal=True),
+    }
+    if _installed("fla"):
+        from fla.ops.simple_gla.naive import naive_chunk_simple_gla
+
+        def fla(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            decay = -slopes.expand(1, q.shape[2], -1)
+            result = naive_chunk_simple_gla(*(x.transpose(1, 2) for x in (q, k, v)), decay, scale=1.0)
+            return (result[0] if isinstance(result, tuple) else result).transpose(1, 2)
+
+        contestants["flash-linear-attention (chunked)"] = fla
+    return Round(_qkv(length, device, dtype, heads=8), contestants)
+
+
+def linear_feature_map(length: int, device: str, dtype: torch.dtype) -> Round:
+    """Noncausal linear attention with elu + 1 features and a normaliser."""
+    from manyheads.engines.linear import linear_attention
+
+    return Round(
+        _qkv(length, device, dtype),
+        {
+            OURS: lambda q, k, v: linear_attention(q, k, v, feature_map="elu", normalize=True, causal=False),
+            SDPA: F.scaled_dot_product_attention,
+        },
+    )
+
+
+def bilevel_routing(length: int, device: str, dtype: torch.dtype) -> Round:
+    """BiFormer's first stage: every region reads its single best region of 49 (top-1 of 7 x 7)."""
+    from manyheads.ops.bilevel_routing import bilevel_routing_attention
+
+    side = round(length**0.5) // 7 * 7
+    grid = tuple(_normal(1, 2, side, side, 32, device=device, dtype=dtype) for _ in range(3))
+    ours = partial(bilevel_routing_attention, regions=7, topk=4, scale=64**-0.5)
+    return Round(
+        grid,
+        {
+            OURS: ours,
+            SDPA: lambda q, k, v: F.scaled_dot_product_attention(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3)),
+            "authors' gather": partial(ours, backend="reference"),
+        },
+    )
+
+
+def channel(length: int, device: str, dtype: torch.dtype) -> Round:
+    """DaViT's channel-group attention, 3 groups of 32 channels."""
+    from manyheads.ops.channel import channel_attention
+
+    def transposed_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q.mT, k.mT, v.mT, scale=q.shape[-1] ** -0.5).mT
+
+    return Round(
+        _qkv(length, device, dtype, heads=3, head_dim=32),
+        {OURS: channel_attention, SDPA: F.scaled_dot_product_attention, "SDPA over channels": transposed_sdpa},
+    )
+
+
+def decode_selected(length: int, device: str, dtype: torch.dtype) -> Round:
+    """One query against a long cache, reading 512 selected tokens for each key/value head."""
+    from manyheads.engines.select import select_attention
+
+    query = _normal(1, 32, 1, 128, device=device, dtype=dtype)
+    key, value = (_normal(1, 8, length, 128, device=device, dtype=dtype) for _ in range(2))
+    index = torch.stack([torch.randperm(length)[:512].sort().values for _ in range(8)])[None, :, None].to(device)
+    return Round(
+        (query, key, value),
+        {
+            OURS: lambda q, k, v: select_attention(q, k, v, index),
+            SDPA: partial(F.scaled_dot_product_attention, enable_gqa=True),
+        },
+    )
+
+
+def merging(length: int, device: str, dtype: torch.dtype) -> Round:
+    """Combining four partial results through their log-sum-exp."""
+    from manyheads.engines.merge import merge
+
+    parts = [_normal(1, 8, length, 64, device=device, dtype=dtype) for _ in range(4)]
+    lses = [_normal(1, 8, length, device=device, dtype=torch.float32) for _ in range(4)]
+
+    def ours(*tensors: Tensor) -> Tensor:
+        return merge(tensors[:4], tensors[4:])[0]
+
+    def stacked(*tensors: Tensor) -> Tensor:
+        weights = torch.stack(tensors[4:]).softmax(dim=0).unsqueeze(-1)
+        return (torch.stack(tensors[:4]) * weights).sum(dim=0)
+
+    return Round((*parts, *lses), {OURS: ours, "softmax over a stack": stacked})
+
+
+CASES = (
+    Case("learnable bias", "dense", learnable_bias, lengths=(256, 1024, 2048)),
+    Case("sliding window 129", "blocksparse", sliding_window),
+    Case("neighborhood 7 x 7", "blocksparse", neighborhood_2d, lengths=(28 * 28, 56 * 56, 128 * 128)),
+    Case("bi-level routing top-4 of 49", "blocksparse", bilevel_routing, lengths=(28 * 28, 56 * 56, 126 * 126)),
+    Case("linear with decay", "linear", linear_decay),
+    Case("linear with features", "linear", linear_feature_map),
+    Case("channel groups", "linear", channel),
+    Case("decode 512 selected tokens", "select", decode_selected, backward=False),
+    Case("merge of four", "merge", merging),
+)
