@@ -1,0 +1,49 @@
+"""``manyheads compare``: every working operator that serves a pattern, timed on the user's shapes."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from manyheads.cli.output import (
+    Device,
+    Dtype,
+    Json,
+    human_bytes,
+    human_seconds,
+    print_json,
+    print_table,
+    resolve_device,
+    resolve_dtype,
+)
+
+
+def compare(
+    pattern: Annotated[str, typer.Option(help="noncausal-self, causal-self, noncausal-cross or causal-cross")],
+    length: Annotated[int, typer.Option(min=1, help="Number of tokens.")] = 4096,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences in the batch.")] = 1,
+    heads: Annotated[int, typer.Option(min=1, help="Number of heads.")] = 8,
+    head_dim: Annotated[int, typer.Option(min=1, help="Channels of a head.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Calls of each operator; the median counts.")] = 5,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    json: Json = False,
+) -> None:
+    """Time every working operator that serves PATTERN, and dense attention, on the same inputs."""
+    from manyheads.bench.contest import Shape, run_contest
+
+    shape = Shape(pattern=pattern, length=length, batch=batch, heads=heads, head_dim=head_dim)
+    rows = run_contest(shape, device=resolve_device(device), dtype=resolve_dtype(dtype), repeats=repeats)
+    if json:
+        print_json([row.to_dict() for row in rows])
+        return
+    cells = [
+        [row.name, row.settings]
+        + [human_seconds(row.forward), f"{row.forward_ratio:.2f}x"]
+        + [human_seconds(row.training), f"{row.training_ratio:.2f}x", human_bytes(row.peak_bytes)]
+        for row in rows
+    ]
+    columns = ["operator", "settings", "forward", "vs dense", "+backward", "vs dense ", "peak"]
+    size = f"{pattern}, {length} tokens, batch {batch}, {heads} heads of {head_dim}"
+    print_table(f"{size}, {dtype}; speed against dense SDPA", columns, cells, right=tuple(columns[2:]))
