@@ -1,4 +1,4 @@
-"""Complete models with the authors' checkpoints: ``create_model``, ``list_models``; vision models live in ``vision``."""
+"""Complete models with the authors' checkpoints; ``create_model`` and ``list_models`` reach them by name."""
 
 from manyheads.models import vision  # registers the vision models
 from manyheads.models.checkpoints import CheckpointError, load_checkpoint, read_state, save_checkpoint
