@@ -13,9 +13,14 @@ def test_text_and_bytes_arrive_and_folders_are_made(tmp_path):
 @pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt])
 def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, failure):
     target = write_atomically(tmp_path / "result.json", "old")
-    with pytest.raises(failure), replacing(target) as temporary:
-        temporary.write_text("ne")
-        raise failure
+
+    def interrupted():
+        with replacing(target) as temporary:
+            temporary.write_text("ne")
+            raise failure
+
+    with pytest.raises(failure):
+        interrupted()
     assert target.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 

@@ -38,12 +38,11 @@ def compare(
     if json:
         print_json([row.to_dict() for row in rows])
         return
-    cells = [
-        [row.name, row.settings]
-        + [human_seconds(row.forward), f"{row.forward_ratio:.2f}x"]
-        + [human_seconds(row.training), f"{row.training_ratio:.2f}x", human_bytes(row.peak_bytes)]
-        for row in rows
-    ]
+    cells = []
+    for row in rows:
+        forward = [human_seconds(row.forward), f"{row.forward_ratio:.2f}x"]
+        training = [human_seconds(row.training), f"{row.training_ratio:.2f}x"]
+        cells.append([row.name, row.settings, *forward, *training, human_bytes(row.peak_bytes)])
     columns = ["operator", "settings", "forward", "vs dense", "+backward", "vs dense ", "peak"]
     size = f"{pattern}, {length} tokens, batch {batch}, {heads} heads of {head_dim}"
     print_table(f"{size}, {dtype}; speed against dense SDPA", columns, cells, right=tuple(columns[2:]))
