@@ -164,7 +164,7 @@ class BlockPlan:
         slab = None
         if bool((blocks.diff(dim=-1) == 1).all()):
             steps = blocks[:, 0].diff()
-            if len(steps) == 0 or bool((steps == steps[0]).all()) and int(steps[0]) > 0:
+            if len(steps) == 0 or (bool((steps == steps[0]).all()) and int(steps[0]) > 0):
                 step = int(steps[0]) if len(steps) else 1
                 slab = int(blocks[0, 0]) * self.key_block, step * self.key_block
         mask = empty = None

@@ -65,21 +65,26 @@ class Problem:
         if missing := self.blocks * block - self.queries:
             tensor = torch.cat([tensor, tensor.new_zeros(*tensor.shape[:2], missing, *rest)], dim=2)
         if self.shared:
-            tensor = tensor.reshape(self.batch * self.key_heads, -1, self.blocks, block, *rest)
-            return tensor.transpose(1, 2).reshape(len(tensor), self.blocks, -1, *rest)
-        return tensor.reshape(1 if self.plan.index.ndim == 4 else self.batch, -1, block, *rest)
+            copies = self.heads // self.key_heads
+            tensor = tensor.reshape(self.batch * self.key_heads, copies, self.blocks, block, *rest)
+            return tensor.transpose(1, 2).reshape(len(tensor), self.blocks, copies * block, *rest)
+        lanes = 1 if self.plan.index.ndim == 4 else self.batch
+        return tensor.reshape(lanes, self.batch * self.heads * self.blocks // lanes, block, *rest)
 
     def from_lanes(self, tensor: Tensor) -> Tensor:
         """(lanes, tiles, rows, ...) back as (batch, heads, queries, ...)."""
         rest = tensor.shape[3:]
         if self.shared:
-            tensor = tensor.unflatten(2, (self.heads // self.key_heads, self.plan.query_block)).transpose(1, 2)
-        return tensor.reshape(self.batch, self.heads, -1, *rest)[:, :, : self.queries]
+            split = (self.heads // self.key_heads, self.plan.query_block)
+            tensor = tensor.unflatten(2, split).transpose(1, 2)
+        size = self.blocks * self.plan.query_block
+        return tensor.reshape(self.batch, self.heads, size, *rest)[:, :, : self.queries]
 
     def key_lanes(self, tensor: Tensor) -> Tensor:
         """(batch, key_heads, keys, dim) as (lanes, keys of the lane, dim)."""
         lanes = self.batch * self.key_heads if self.shared else self.batch if self.plan.index.ndim == 3 else 1
-        return tensor.reshape(lanes, -1, tensor.shape[-1])
+        together = self.batch * self.key_heads // lanes if lanes else 0
+        return tensor.reshape(lanes, together * self.keys, tensor.shape[-1])
 
     def positions(self, chunk: Chunk, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Batch, head, query and key of the pairs of a chunk, broadcasting to (lanes, tiles, rows, keys)."""

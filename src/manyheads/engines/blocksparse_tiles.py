@@ -89,7 +89,7 @@ def backward(
     additive: Additive,
     collect: Callable[[Chunk, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value in the accumulation dtype; ``collect`` receives the gradient of each chunk's scores."""
+    """Gradients of query, key, value in the accumulation dtype; ``collect`` gets the gradient of each chunk's scores."""
     wide = accumulation_dtype(query.dtype)
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     delta = (grad_out.to(wide) * out.to(wide)).sum(-1)
