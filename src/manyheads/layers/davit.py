@@ -57,7 +57,7 @@ class ChannelAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch *tokens dim"]) -> Float[Tensor, "batch *tokens dim"]:
         _check_width(x, self.proj.in_features)
-        tokens = x.reshape(x.shape[0], -1, x.shape[-1])
+        tokens = x.flatten(1, -2)
         slots = rearrange(self.qkv(tokens), "b n (slot h d) -> slot b h n d", slot=3, h=self.heads).unbind(0)
         if self.flavour == "v1":
             value, query, key = slots
@@ -108,13 +108,13 @@ class WindowAttention(nn.Module):
         below, right = -height % window, -width % window
         if below or right:
             x = F.pad(x, (0, 0, 0, right, 0, below))
-        rows = x.shape[1] // window
+        rows, columns = x.shape[1] // window, x.shape[2] // window
         # Partition before the projection: one copy of C channels instead of one of 3C.
         windows = rearrange(x, "b (r p) (c q) d -> (b r c) (p q) d", p=window, q=window)
         query, key, value = rearrange(self.qkv(windows), "w n (slot h d) -> slot w h n d", slot=3, h=self.heads)
         out = F.scaled_dot_product_attention(query, key, value)
         windows = self.proj(rearrange(out, "w h n d -> w n (h d)"))
-        x = rearrange(windows, "(b r c) (p q) d -> b (r p) (c q) d", b=x.shape[0], r=rows, p=window)
+        x = rearrange(windows, "(b r c) (p q) d -> b (r p) (c q) d", r=rows, c=columns, p=window)
         return x[:, :height, :width] if below or right else x
 
 

@@ -80,6 +80,7 @@ def register(
     *,
     convert: Convert,
     stages: int = 4,
+    feature_cls: str = "list",
     **data_config: Any,
 ) -> Callable[..., nn.Module]:
     """Register one variant, a model class with its options, with timm as ``manyheads_<name>``.
@@ -89,7 +90,9 @@ def register(
         model_class: its constructor takes ``options`` and whatever the user overrides.
         options: what makes the variant.
         convert: the model's ``checkpoint_filter_fn``.
-        stages: how many feature maps ``features_only`` can return; ``out_indices`` defaults to all of them.
+        stages: how many feature maps ``features_only`` returns by default, for models without an option ``depths``.
+        feature_cls: how timm takes them: "list" rewires the modules named in ``feature_info``, "getter" asks
+            ``forward_intermediates``.
         data_config: entries of timm's data configuration that differ from 224 pixels, ImageNet mean and deviation.
     """
     full_name = PREFIX + name
@@ -108,9 +111,11 @@ def register(
                 load_checkpoint(model, checkpoint, convert)
             return model
 
-        features = {"flatten_sequential": True, "out_indices": tuple(range(stages))}
+        merged = {**options, **overrides}
+        maps = range(len(merged["depths"]) if "depths" in merged else stages)
+        features = {"flatten_sequential": True, "out_indices": tuple(maps), "feature_cls": feature_cls}
         return build_model_with_cfg(
-            build, full_name, pretrained, pretrained_filter_fn=convert, feature_cfg=features, **{**options, **overrides}
+            build, full_name, pretrained, pretrained_filter_fn=convert, feature_cfg=features, **merged
         )
 
     module = sys.modules[model_class.__module__]
