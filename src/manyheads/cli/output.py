@@ -35,7 +35,7 @@ def print_table(title: str, columns: list[str], rows: list[list[str]], *, right:
     Console().print(table)
 
 
-def human_bytes(count: float) -> str:
+def human_bytes(count: float | int) -> str:
     """1536 -> "1.5 KiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
@@ -44,7 +44,7 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
-def human_count(count: float) -> str:
+def human_count(count: float | int) -> str:
     """1536000 -> "1.54 M"."""
     for unit in ("", " k", " M", " G", " T"):
         if abs(count) < 1000:
@@ -53,7 +53,7 @@ def human_count(count: float) -> str:
     return f"{count:.3g} P"
 
 
-def human_seconds(seconds: float) -> str:
+def human_seconds(seconds: float | int) -> str:
     """0.0123 -> "12.3 ms"."""
     for factor, unit in ((1, "s"), (1e3, "ms"), (1e6, "us")):
         if seconds * factor >= 1:

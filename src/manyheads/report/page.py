@@ -24,12 +24,12 @@ def write_page(template: str, folder: str | Path, **content: Any) -> Path:
     return write_atomically(Path(folder) / "index.html", environment.get_template(template).render(**content))
 
 
-def percent(fraction: float) -> str:
+def percent(fraction: float | int) -> str:
     """0.333 -> "33 %"."""
     return f"{100 * fraction:.0f} %"
 
 
-def bytes_text(count: float) -> str:
+def bytes_text(count: float | int) -> str:
     """1536 -> "1.5 KiB"."""
     for unit in ("B", "KiB", "MiB"):
         if abs(count) < 1024:
@@ -38,7 +38,7 @@ def bytes_text(count: float) -> str:
     return f"{count:.2f} GiB"
 
 
-def number_text(value: float) -> str:
+def number_text(value: float | int) -> str:
     """Three or four digits that mean something: 8.337 -> "8.34", 1234.5 -> "1,234"."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 

@@ -78,7 +78,9 @@ def _payload(trial: Trial) -> dict:
     }
 
 
-def _figure(name: str, before: float, after: float, text=number_text, *, less=False, points=False) -> _Figure:
+def _figure(
+    name: str, before: float | int, after: float | int, text=number_text, *, less=False, points=False
+) -> _Figure:
     top = max(before, after) or 1
     if points:
         difference = 100 * (after - before)
@@ -115,4 +117,6 @@ def _check(trial: Trial) -> None:
     wanted = (len(trial.depths), len(trial.lengths))
     for when, measured in (("before", trial.before), ("after", trial.after)):
         if np.shape(measured.needle) != wanted:
-            raise ValueError(f"{when}.needle has shape {np.shape(measured.needle)}, expected (depths, lengths) = {wanted}")
+            raise ValueError(
+                f"{when}.needle has shape {np.shape(measured.needle)}, expected (depths, lengths) = {wanted}"
+            )

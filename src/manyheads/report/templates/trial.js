@@ -121,7 +121,7 @@
 
   // The pattern: queries down, keys across.
   const canvas = $("pattern"), context = canvas.getContext("2d");
-  const scale = 10;
+  const scale = 14;
   canvas.width = canvas.height = n * scale;
   function draw() {
     const [layer, head] = chosen;
@@ -131,8 +131,9 @@
     }
     context.strokeStyle = getComputedStyle(document.documentElement).getPropertyValue("--ring");
     context.lineWidth = 2;
-    context.strokeRect(1, query * scale + 1, (query + 1) * scale - 2, scale - 2);
-    context.strokeRect(key * scale + 1, query * scale + 1, scale - 2, scale - 2);
+    context.strokeRect(1, query * scale, (query + 1) * scale - 2, scale - 1);
+    context.lineWidth = 4;
+    context.strokeRect(key * scale + 1, query * scale, scale - 1, scale - 1);
     canvas.setAttribute("aria-label", `Attention pattern of layer ${layer}, head ${head}: ${n} query tokens down, ${n} key tokens across. Arrow keys move the reading point.`);
     const text = (token) => Object.assign(document.createElement("b"), { textContent: `“${shown(token)}”` });
     const value = weight(layer, head, query, key);
