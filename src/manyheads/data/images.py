@@ -43,10 +43,10 @@ def digits(
     from sklearn.datasets import load_digits
 
     _check(size, channels)
-    data = load_digits()
-    pixels = torch.from_numpy(np.asarray(data.images, np.float32))[:, None] / 16
+    flat, target = load_digits(return_X_y=True)
+    pixels = torch.from_numpy(np.asarray(flat, np.float32)).view(-1, 1, 8, 8) / 16
     images = F.interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False)
-    labels = torch.from_numpy(np.asarray(data.target, np.int64))
+    labels = torch.from_numpy(np.asarray(target, np.int64))
     return _divide(images.clamp(0, 1).repeat(1, channels, 1, 1), labels, seed)
 
 
@@ -56,13 +56,15 @@ def photos() -> dict[str, UInt8[Tensor, "3 height width"]]:
     >>> photos()["china"].shape
     torch.Size([3, 427, 640])
     """
-    wanted = {"sklearn": ("datasets/images", ("china.jpg", "flower.jpg"))}
-    wanted["skimage"] = ("data", ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "hubble_deep_field.jpg"))
+    wanted = {
+        "sklearn": ["datasets/images/china.jpg", "datasets/images/flower.jpg"],
+        "skimage": [f"data/{name}" for name in ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")],
+    }
     found = {}
-    for package, (folder, names) in wanted.items():
+    for package, names in wanted.items():
         spec = importlib.util.find_spec(package)
         for root in spec.submodule_search_locations or () if spec else ():
-            for path in (Path(root) / folder / name for name in names):
+            for path in (Path(root) / name for name in names):
                 if path.is_file():
                     found[path.stem] = _read(path, 3, None)
     return found
