@@ -112,19 +112,19 @@ def bilevel_routing_attention(
         raise ValueError("diff_routing=True needs soft_routing=True: hard differentiable routing is not defined")
     if (kv_downsample == "identity") != (kv_size is None):
         raise ValueError(f"kv_downsample={kv_downsample!r} with kv_size={kv_size}: a pooling, and only it, has a size")
-    scale = (query.shape[1] * query.shape[-1]) ** -0.5 if scale is None else float(scale)
+    sigma = (query.shape[1] * query.shape[-1]) ** -0.5 if scale is None else float(scale)
     query_size, key_size = _region_size(query, regions, "query"), _region_size(key, regions, "key")
 
     if descriptors is None:
         descriptors = region_means(query, regions), region_means(key, regions)
-    scores, index, weights = _route(*descriptors, topk=topk, scale=scale, differentiable=diff_routing)
+    scores, index, weights = _route(*descriptors, topk=topk, scale=sigma, differentiable=diff_routing)
     query_tiles, grid = _tiles(query, query_size)
     tiles = [_tiles(tensor, key_size) for tensor in (key, value)]
     _check_descriptors(scores, math.prod(grid), math.prod(tiles[0][1]))
     key_tiles, value_tiles = (_pool(tile, key_size, kv_downsample, kv_size) for tile, _ in tiles)
 
     attend = _reference if backend == "reference" else _gathered
-    out = attend(query_tiles, key_tiles, value_tiles, index, weights if soft_routing else None, scale)
+    out = attend(query_tiles, key_tiles, value_tiles, index, weights if soft_routing else None, sigma)
     pattern = "b h (gx gy) (rx ry) d -> b h (gx rx) (gy ry) d"
     out = rearrange(out, pattern, gx=grid[0], gy=grid[1], rx=query_size[0], ry=query_size[1])
     out = out[:, :, : query.shape[2], : query.shape[3]]
