@@ -201,7 +201,7 @@ def test_wrong_models_and_maps(llama) -> None:
         pass
     with pytest.raises(ValueError, match="sliding window"), DuoAttention(MAP)(tiny("mistral", sliding_window=16)):
         pass
-    with DuoAttention(MAP)(llama), pytest.raises(ValueError, match="attached"), DuoAttention(MAP)(llama):
+    with DuoAttention(MAP)(llama), pytest.raises(RuntimeError, match="attached"), DuoAttention(MAP)(llama):
         pass
     assert llama.config._attn_implementation == "sdpa"
 
@@ -264,7 +264,11 @@ def test_bad_patterns(tmp_path) -> None:
         (tmp_path / "full_attention_heads.tsv").write_text(text)
         with pytest.raises(ValueError, match=message):
             load_pattern(tmp_path)
-    for options, message in (({}, "either"), ({"sparsity": 1.5}, "sparsity=1.5"), ({"threshold": -1}, "threshold=-1")):
+    for options, message in (
+        ({}, "either"),
+        ({"sparsity": 1.5}, "sparsity=1.5"),
+        ({"threshold": -1.0}, "threshold=-1.0"),
+    ):
         with pytest.raises(ValueError, match=message):
             binarize(torch.ones(2, 2), **options)
     with pytest.raises(ValueError, match="divide"):

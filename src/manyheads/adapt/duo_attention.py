@@ -29,7 +29,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from manyheads.adapt.duo_cache import DuoCache, DuoLayer, Parts, check_duo
 from manyheads.adapt.duo_pattern import binarize, load_pattern, strongest
-from manyheads.adapt.duo_seam import attached_attention
+from manyheads.interpret.attach import AttentionCall, attention_function, decoder, geometry
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,8 @@ class DuoAttention:
 
     Raises:
         ValueError: a map that is not boolean and two-dimensional, sinks < 0, recent < 1; on attaching, a map of
-            another model's shape, sliding-window layers, a model attached already.
+            another model's shape or sliding-window layers.
+        RuntimeError: something is attached to the model already.
 
     Source: arXiv 2410.10819, section 2.4.
 
@@ -107,10 +108,9 @@ class DuoAttention:
     def __call__(self, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         """Attach to a Hugging Face causal language model for the length of a ``with`` block."""
         state = _State(self)
-        decoder = model.get_decoder()
-        with attached_attention(model, state.attend, state.mask) as modules:
-            check_fits(model, self.retrieval, modules)
-            hook = decoder.register_forward_pre_hook(state.provide_cache, with_kwargs=True)
+        check_fits(model, self.retrieval)
+        with attention_function(model, state.attend, mask=state.mask):
+            hook = decoder(model)[0].register_forward_pre_hook(state.provide_cache, with_kwargs=True)
             try:
                 yield model
             finally:
@@ -127,11 +127,11 @@ class _State:
         self.longest_pad = 0
         self.heads: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
-    def provide_cache(self, decoder: Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        named = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
+    def provide_cache(self, module: Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        named = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         named = {**{name: value for name, value in named.items() if name != "kwargs"}, **named.get("kwargs", {})}
         given, use_cache = named.get("past_key_values"), named.get("use_cache")
-        use_cache = decoder.config.use_cache if use_cache is None else use_cache
+        use_cache = module.config.use_cache if use_cache is None else use_cache
         self.cache = self._checked(given) if given is not None else (self.duo.cache() if use_cache else None)
         self.pads, self.longest_pad = None, 0
         if self.cache is not None:
@@ -167,6 +167,7 @@ class _State:
 
     def attend(
         self,
+        call: AttentionCall,
         module: Module,
         query: Tensor,
         key: Tensor,
@@ -179,7 +180,7 @@ class _State:
         """The attention function: one SDPA call for retrieval heads, one for streaming heads."""
         if attention_mask is not None:
             raise ValueError("DuoAttention makes its own masks; pass a 2-D attention_mask of padding, not a 4-D one")
-        duo, layer = self.duo, int(module.layer_idx)
+        duo, layer = self.duo, call.layer
         parts = self._parts(layer, key, value)
         full, stream = self._query_heads(layer, query.shape[1], query.device)
         run = lambda q, k, v, mask: sdpa_attention_forward(  # noqa: E731
@@ -254,12 +255,12 @@ def streaming_call_mask(
     return seen.expand(-1, -1, tokens, -1)
 
 
-def check_fits(model: PreTrainedModel, retrieval: Tensor, modules: list[Module]) -> None:
+def check_fits(model: PreTrainedModel, heads: Tensor) -> None:
     """Raise ValueError unless a head map has this model's shape and every layer attends to its whole context."""
-    config = model.config.get_text_config(decoder=True)
-    wanted = (config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-    if tuple(retrieval.shape) != wanted:
-        raise ValueError(f"the map is {tuple(retrieval.shape)}, but the model has (layers, kv heads) = {wanted}")
+    sizes, config = geometry(model), model.config.get_text_config(decoder=True)
+    wanted = (sizes.layers, sizes.kv_heads)
+    if tuple(heads.shape) != wanted:
+        raise ValueError(f"the map is {tuple(heads.shape)}, but the model has (layers, kv heads) = {wanted}")
     windows = sliding_layers(config)
     if windows:
         raise ValueError(

@@ -106,10 +106,8 @@ class DuoLayer(CacheLayerMixin):
         self.seen = 0
         self.head = 0  # index, within the recent part, of its oldest slot: the part is a ring while decoding
         self.new: tuple[Tensor, Tensor] | None = None
-        self.full_keys: Tensor | None = None
-        self.full_values: Tensor | None = None
-        self.stream_keys: Tensor | None = None
-        self.stream_values: Tensor | None = None
+        self.is_initialized = False
+        self.full_keys = self.full_values = self.stream_keys = self.stream_values = torch.empty(0)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take device and head_dim from the first keys."""
@@ -126,7 +124,7 @@ class DuoLayer(CacheLayerMixin):
         heads = len(self.full) + len(self.stream)
         if key_states.shape[1] != heads:
             raise ValueError(f"the retrieval map has {heads} key/value heads, the model's keys {key_states.shape[1]}")
-        if self.full_keys is None:
+        if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.new = (key_states, value_states)
         return key_states, value_states
@@ -206,12 +204,12 @@ class DuoLayer(CacheLayerMixin):
     @property
     def full_slots(self) -> int:
         """Keys held by each retrieval head (0 where the layer has none)."""
-        return self.full_keys.shape[2] if self.full_keys is not None and len(self.full) else 0
+        return self.full_keys.shape[2] if self.is_initialized and len(self.full) else 0
 
     @property
     def stream_slots(self) -> int:
         """Keys held by each streaming head (0 where the layer has none)."""
-        return self.stream_keys.shape[2] if self.stream_keys is not None and len(self.stream) else 0
+        return self.stream_keys.shape[2] if self.is_initialized and len(self.stream) else 0
 
     def get_seq_length(self) -> int:
         """Tokens seen, which is what rotary positions and masks need."""
@@ -226,7 +224,7 @@ class DuoLayer(CacheLayerMixin):
         return self.seen + query_length, 0
 
     def _apply(self, change) -> None:
-        if self.full_keys is not None:
+        if self.is_initialized:
             self.full_keys, self.full_values = change(self.full_keys), change(self.full_values)
             self.stream_keys, self.stream_values = change(self.stream_keys), change(self.stream_values)
 
@@ -258,7 +256,7 @@ class DuoLayer(CacheLayerMixin):
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes a negative number of tokens to remove, got {tokens_to_remove}")
-        if tokens_to_remove == 0 or self.full_keys is None:
+        if tokens_to_remove == 0 or not self.is_initialized:
             return
         if len(self.stream) and self.stream_keys.shape[2] < self.seen:
             raise ValueError(

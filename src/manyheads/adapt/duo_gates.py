@@ -28,9 +28,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from manyheads.adapt.duo_seam import attached_attention
+from manyheads.adapt.duo_attention import check_fits
 from manyheads.data.files import write_atomically
 from manyheads.data.needles import passkey_example
+from manyheads.interpret.attach import attention_function, decoder, geometry
 from manyheads.objectives.distillation import gate_regulariser, hidden_distillation
 
 
@@ -74,34 +75,29 @@ def two_way_hidden(
     outputs: dict[int, Tensor] = {}
     mask = streaming_mask(input_ids.shape[1], sinks, recent, input_ids.device)
 
-    def full(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **_):
+    def full(call, module, query, key, value, attention_mask, scaling=None, dropout=0.0, **_):
         out = sdpa_attention_forward(module, query, key, value, None, dropout=dropout, scaling=scaling)[0]
-        outputs[module.layer_idx] = out.detach()
+        outputs[call.layer] = out.detach()
         return out, None
 
-    def mixed(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **_):
-        gate = gates[module.layer_idx].to(query.device).clamp(0, 1)
-        if gate.numel() != key.shape[1]:
-            raise ValueError(f"gates has {gate.numel()} heads a layer, but the model has {key.shape[1]}")
+    def mixed(call, module, query, key, value, attention_mask, scaling=None, dropout=0.0, **_):
+        gate = gates[call.layer].to(query.device).clamp(0, 1)
         gate = gate.repeat_interleave(query.shape[1] // key.shape[1])[:, None].to(query.dtype)
         stream = sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling)[0]
-        return gate * outputs[module.layer_idx] + (1 - gate) * stream, None
+        return gate * outputs[call.layer] + (1 - gate) * stream, None
 
     def no_mask(*_, attention_mask: Tensor | None = None, **__):
         if attention_mask is not None and not attention_mask.all():
             raise ValueError("the two-way step takes sequences of one length, without padding")
         return None
 
-    decoder = model.get_decoder()
-    if gates.ndim != 2 or len(gates) != decoder.config.num_hidden_layers:
-        raise ValueError(
-            f"gates {tuple(gates.shape)} must have a row for each of {decoder.config.num_hidden_layers} layers"
-        )
+    check_fits(model, gates)
+    body = decoder(model)[0]
     with _frozen(model):
-        with attached_attention(model, full, no_mask), torch.no_grad():
-            teacher = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
-        with attached_attention(model, mixed, no_mask):
-            student = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+        with attention_function(model, full, mask=no_mask), torch.no_grad():
+            teacher = body(input_ids=input_ids, use_cache=False).last_hidden_state
+        with attention_function(model, mixed, mask=no_mask):
+            student = body(input_ids=input_ids, use_cache=False).last_hidden_state
     return teacher, student
 
 
@@ -153,8 +149,8 @@ def optimise_gates(
     if examples is None:
         examples = _passkeys(tokenizer, lengths, passkeys, words, text, seed)
     device = model.device
-    config = model.get_decoder().config
-    gates = torch.ones(config.num_hidden_layers, config.num_key_value_heads, device=device, requires_grad=True)
+    sizes = geometry(model)
+    gates = torch.ones(sizes.layers, sizes.kv_heads, device=device, requires_grad=True)
     options = dict(steps=steps, lr=lr, reg_weight=reg_weight, sink_size=sinks, recent_size=recent, seed=seed,
                    lengths=list(lengths), passkeys=passkeys, words=words)  # fmt: skip
     optimiser = torch.optim.AdamW([gates], lr=lr, weight_decay=0.0)
@@ -186,7 +182,7 @@ def _schedule(step: int, steps: int) -> float:
 
 
 def _passkeys(tokenizer, lengths, passkeys, words, text, seed) -> Callable[[int], tuple[Tensor, Tensor]]:
-    steps = torch.linspace(*lengths, 50).round().long().tolist()
+    steps = torch.linspace(lengths[0], lengths[1], 50).round().long().tolist()
 
     def example(step: int) -> tuple[Tensor, Tensor]:
         draw = torch.Generator().manual_seed(seed * 1_000_003 + step)

@@ -44,14 +44,13 @@ def binarize(gates: Tensor, *, sparsity: float | None = None, threshold: float |
     """
     if (sparsity is None) == (threshold is None):
         raise ValueError("give either sparsity or threshold, and not both")
-    name, value = ("sparsity", sparsity) if sparsity is not None else ("threshold", threshold)
-    _check_share(name, value)
     gates = check_table(gates, "gates").clamp(0, 1)
-    if threshold is not None:
-        return gates >= threshold
-    if sparsity == 0 or sparsity == 1:
-        return torch.full(gates.shape, sparsity == 0)
-    return gates >= torch.quantile(gates.flatten(), sparsity)
+    if sparsity is None:
+        return gates >= _share("threshold", threshold)
+    share = _share("sparsity", sparsity)
+    if share in (0.0, 1.0):
+        return torch.full(gates.shape, share == 0.0)
+    return gates >= torch.quantile(gates.flatten(), share)
 
 
 def strongest(scores: Tensor, kv_heads: int, *, sparsity: float) -> Tensor:
@@ -70,14 +69,14 @@ def strongest(scores: Tensor, kv_heads: int, *, sparsity: float) -> Tensor:
     tensor([[ True,  True],
             [ True, False]])
     """
-    _check_share("sparsity", sparsity)
+    share = _share("sparsity", sparsity)
     scores = check_table(scores, "scores")
     if kv_heads < 1 or scores.shape[1] % kv_heads:
         raise ValueError(f"kv_heads={kv_heads} does not divide the {scores.shape[1]} query heads of scores")
     grouped = scores.reshape(len(scores), kv_heads, -1).amax(dim=2)
     order = grouped.flatten().argsort(descending=True, stable=True)
     keep = torch.zeros(grouped.numel(), dtype=torch.bool)
-    keep[order[: round((1 - sparsity) * grouped.numel())]] = True
+    keep[order[: round((1 - share) * grouped.numel())]] = True
     return keep.reshape(grouped.shape)
 
 
@@ -125,6 +124,7 @@ def check_table(values: Tensor, name: str) -> Tensor:
     return values
 
 
-def _check_share(name: str, value: float | None) -> None:
+def _share(name: str, value: float | None) -> float:
     if value is None or not 0 <= value <= 1:
         raise ValueError(f"{name}={value} must lie in [0, 1]")
+    return float(value)
