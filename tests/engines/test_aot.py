@@ -13,7 +13,6 @@ import pytest
 
 import manyheads.engines.triton as room
 
-pytest.importorskip("triton")
 SCRIPT = Path(__file__).with_name("aot.py")
 MODULES = [
     f"{room.__name__}.{module.name}"

@@ -13,6 +13,7 @@ arXiv 2205.14135.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 
@@ -295,7 +296,7 @@ def _packed(query, key, value, mask, bias, causal, scale, normalizer, cu_seqlens
 
 def _checked_lengths(lengths: Tensor, tokens: int) -> list[int]:
     starts = lengths.tolist()
-    if len(starts) < 2 or starts[0] != 0 or starts[-1] != tokens or any(b < a for a, b in zip(starts, starts[1:])):
+    if len(starts) < 2 or starts[0] != 0 or starts[-1] != tokens or any(b < a for a, b in itertools.pairwise(starts)):
         raise ValueError(f"cumulative lengths must rise from 0 to the {tokens} packed tokens, got {starts}")
     return starts
 
@@ -316,18 +317,18 @@ def _same_sequence(cu: Tensor, cu_key: Tensor, mask, causal: bool, queries: int,
     # Distance of a token from the end of its sequence: causality aligns the two ends.
     query_left = cu[of_query + 1] - torch.arange(queries, device=cu.device)
     key_left = cu_key[of_key + 1] - torch.arange(keys, device=cu.device)
+    return functools.partial(_belongs, of_query, of_key, query_left, key_left, mask, causal)
 
-    def belongs(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        same = of_query[i] == of_key[j]
-        if causal:
-            same = same & (key_left[j] >= query_left[i])
-        if isinstance(mask, Tensor):
-            same = same & _lookup(mask, b, h, i, j)
-        elif mask is not None:
-            same = same & mask(b, h, i, j)
-        return same
 
-    return belongs
+def _belongs(of_query, of_key, query_left, key_left, mask, causal, b, h, i, j):
+    same = of_query[i] == of_key[j]
+    if causal:
+        same = same & (key_left[j] >= query_left[i])
+    if isinstance(mask, Tensor):
+        same = same & _lookup(mask, b, h, i, j)
+    elif mask is not None:
+        same = same & mask(b, h, i, j)
+    return same
 
 
 def _lookup(tensor: Tensor, *index: Tensor) -> Tensor:
