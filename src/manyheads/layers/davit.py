@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from manyheads.engines.common import check_choice
 from manyheads.ops.channel import channel_attention
+from manyheads.ops.window import window_attention
 
 
 class ChannelAttention(nn.Module):
@@ -109,12 +110,12 @@ class WindowAttention(nn.Module):
         if below or right:
             x = F.pad(x, (0, 0, 0, right, 0, below))
         rows, columns = x.shape[1] // window, x.shape[2] // window
-        # Partition before the projection: one copy of C channels instead of one of 3C.
-        windows = rearrange(x, "b (r p) (c q) d -> (b r c) (p q) d", p=window, q=window)
-        query, key, value = rearrange(self.qkv(windows), "w n (slot h d) -> slot w h n d", slot=3, h=self.heads)
-        out = F.scaled_dot_product_attention(query, key, value)
-        windows = self.proj(rearrange(out, "w h n d -> w n (h d)"))
-        x = rearrange(windows, "(b r c) (p q) d -> b (r p) (c q) d", r=rows, c=columns, p=window)
+        # Windows become the batch before the projection: that copies C channels, cutting q, k, v apart would copy 3C.
+        windows = rearrange(x, "b (r p) (c q) d -> (b r c) p q d", p=window, q=window)
+        slots = rearrange(self.qkv(windows), "w p q (slot h d) -> slot w h p q d", slot=3, h=self.heads)
+        out = window_attention(*slots.unbind(0), window=window)
+        windows = self.proj(rearrange(out, "w h p q d -> w p q (h d)"))
+        x = rearrange(windows, "(b r c) p q d -> b (r p) (c q) d", r=rows, c=columns)
         return x[:, :height, :width] if below or right else x
 
 
