@@ -1,0 +1,182 @@
+"""`manyheads compare`: the working operators that serve a pattern, against dense attention, on one shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from manyheads import catalog
+from manyheads.bench.speed import measure, with_backward
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the user wants to run: one of ``catalog.PATTERNS`` and the sizes of query, key and value."""
+
+    pattern: str
+    length: int
+    batch: int = 1
+    heads: int = 8
+    head_dim: int = 64
+
+    @property
+    def causal(self) -> bool:
+        """Whether later tokens of the same sequence are hidden."""
+        return self.pattern == "causal-self"
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The most square map of ``length`` positions, for operators on images."""
+        rows = next(rows for rows in range(int(self.length**0.5), 0, -1) if self.length % rows == 0)
+        return rows, self.length // rows
+
+
+@dataclass(frozen=True)
+class Row:
+    """One operator's times; ratios say how many times faster than dense attention it is.
+
+    Attributes:
+        name: slug of the system, or "dense".
+        settings: the operating point that was timed.
+        forward: median seconds of a forward pass.
+        training: median seconds of a forward and backward pass.
+        forward_ratio: dense forward time over this one.
+        training_ratio: dense training time over this one.
+        peak_bytes: most bytes held at once during forward and backward, beyond the inputs.
+    """
+
+    name: str
+    settings: str
+    forward: float
+    training: float
+    forward_ratio: float
+    training_ratio: float
+    peak_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-serialisable copy."""
+        return asdict(self)
+
+
+def run_contest(
+    shape: Shape, *, device: torch.device, dtype: torch.dtype = torch.float32, repeats: int = 5, budget: float = 30.0
+) -> list[Row]:
+    """Time all of them on the same inputs, in turn, in this process; fastest training first, dense among them.
+
+    Args:
+        shape: pattern and sizes.
+        device: where to run.
+        dtype: of query, key and value.
+        repeats: calls of each operator, of which the median counts.
+        budget: seconds after which no further round is started.
+
+    Raises:
+        ValueError: unknown pattern.
+    """
+    chosen = contestants(shape)
+    generator = torch.Generator().manual_seed(0)
+    size = (shape.batch, shape.heads, shape.length, shape.head_dim)
+    inputs = [torch.randn(size, generator=generator).to(device, dtype) for _ in range(3)]
+    functions = {name: function for name, (_, function) in chosen.items()}
+    with torch.no_grad():
+        forward = measure(functions, inputs, repeats=repeats, budget=budget / 2, memory=False)
+    trained = {name: with_backward(function) for name, function in functions.items()}
+    training = measure(trained, inputs, repeats=repeats, budget=budget / 2)
+    rows = [
+        Row(
+            name,
+            settings,
+            forward[name].seconds,
+            training[name].seconds,
+            forward[DENSE].seconds / forward[name].seconds,
+            training[DENSE].seconds / training[name].seconds,
+            training[name].peak_bytes,
+        )
+        for name, (settings, _) in chosen.items()
+    ]
+    return sorted(rows, key=lambda row: row.training)
+
+
+def contestants(shape: Shape) -> dict[str, tuple[str, Callable[..., Tensor]]]:
+    """Name to (operating point, function of query, key and value) for every working operator that serves the shape.
+
+    The operating points are the papers' own, cut down where the input is smaller.
+    """
+    serving = {system.slug for system in catalog.systems(pattern=shape.pattern, state="works")}
+    build = {
+        "neighborhood_attention": _neighborhood,
+        "lightning_attention": _lightning,
+        "davit": _channel,
+        "biformer": _bilevel_routing,
+        "duo_attention": _duo,
+    }
+    dense = ("all pairs", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=shape.causal))
+    return {DENSE: dense} | {slug: make(shape) for slug, make in build.items() if slug in serving}
+
+
+def _neighborhood(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
+    from manyheads.ops.neighborhood import neighborhood_attention
+
+    rows, columns = shape.grid
+    if shape.causal or rows < 7:
+        window = min(128 if shape.causal else 49, shape.length)
+        return f"window {window}", lambda q, k, v: neighborhood_attention(q, k, v, window=window, causal=shape.causal)
+
+    def on_map(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return neighborhood_attention(*(x.unflatten(2, (rows, columns)) for x in (q, k, v)), window=7).flatten(2, 3)
+
+    return f"7 x 7 on {rows} x {columns}", on_map
+
+
+def _lightning(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
+    from manyheads.ops.lightning import lightning_attention, lightning_slopes
+
+    def scan(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return lightning_attention(q, k, v, slopes=lightning_slopes(shape.heads).to(q.device))
+
+    return "decay per head", scan
+
+
+def _channel(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
+    from manyheads.ops.channel import channel_attention
+
+    return f"{shape.heads} groups", channel_attention
+
+
+def _bilevel_routing(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
+    from manyheads.ops.bilevel_routing import bilevel_routing_attention
+
+    rows, columns = shape.grid
+    regions = (min(7, rows), min(7, columns))
+    topk = min(4, regions[0] * regions[1])
+
+    def routed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.unflatten(2, (rows, columns)) for x in (q, k, v))
+        out = bilevel_routing_attention(q, k, v, regions=regions, topk=topk)
+        assert isinstance(out, Tensor)
+        return out.flatten(2, 3)
+
+    return f"top {topk} of {regions[0]} x {regions[1]}", routed
+
+
+def _duo(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
+    from manyheads.ops.streaming import streaming_attention
+
+    full = shape.heads // 2
+
+    def mixed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        streaming = streaming_attention(q[:, full:], k[:, full:], v[:, full:], sinks=16, recent=64)
+        assert isinstance(streaming, Tensor)
+        if not full:
+            return streaming
+        whole = F.scaled_dot_product_attention(q[:, :full], k[:, :full], v[:, :full], is_causal=True)
+        return torch.cat([whole, streaming], dim=1)
+
+    return f"{full} whole heads, {shape.heads - full} of 16 + 64", mixed
