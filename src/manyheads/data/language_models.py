@@ -58,6 +58,8 @@ def load_language_model(
         raise ValueError(f"model {name!r}: its files lack, or have in another shape, these weights: {listed}")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if name == EMBEDDED:
+        model.config._name_or_path = EMBEDDED
     return model.to(place).eval(), tokenizer  # pyright: ignore[reportArgumentType]
 
 

@@ -61,7 +61,7 @@ class Geometry:
         """Query heads that share a key/value head."""
         return self.heads // self.kv_heads
 
-    def check_heads(self, heads: Iterable[tuple[int, int]], *, kv: bool = False) -> list[tuple[int, int]]:
+    def check_heads(self, heads: Iterable[Any], *, kv: bool = False) -> list[tuple[int, int]]:
         """The (layer, head) pairs as a sorted list without repetitions.
 
         Args:
@@ -260,13 +260,13 @@ def attention_function(
         ValueError: a model that cannot be attached to, with what was tried.
         RuntimeError: something else is attached already.
     """
-    model = _plain(model)
+    owner = _plain(model)
     layers = {id(layer.attention): layer.index for layer in attention_layers(model)}
     configs = _configs(model)
     current = _text_config(model)._attn_implementation
     if str(current).startswith(_PREFIX):
         raise RuntimeError("an attention function is attached to this model already; leave its with block first")
-    base = current if current in ("eager", "sdpa") else "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
+    base = current if current in ("eager", "sdpa") else "sdpa" if getattr(owner, "_supports_sdpa", False) else "eager"
     name = f"{_PREFIX}{next(_NUMBER)}"
     past = 0
 
@@ -288,9 +288,9 @@ def attention_function(
     AttentionMaskInterface.register(name, mask or AttentionMaskInterface._global_mapping[base])
     handle = decoder(model)[0].register_forward_pre_hook(note_past, with_kwargs=True)
     try:
-        model.set_attn_implementation(name)
+        owner.set_attn_implementation(name)
         if _text_config(model)._attn_implementation != name:
-            raise ValueError(f"{type(model).__name__} does not compute its attention through AttentionInterface")
+            raise ValueError(f"{type(owner).__name__} does not compute its attention through AttentionInterface")
         yield
     finally:
         handle.remove()
