@@ -4,8 +4,8 @@ For scores ``S = scale * Q K^T + bias`` and an increasing function phi (exp for 
 
     Z_i = sum_j phi(S_ij)        lse_i = ln Z_i        P_ij = phi(S_ij) / Z_i        O_i = sum_j P_ij V_j
 
-The forward keeps O and lse only. The backward visits tiles (some heads x some query rows x their visible keys), computes
-S again, and for incoming gradients dO and dlse::
+The forward keeps O and lse only. The backward visits tiles (some heads x some query rows x their visible keys),
+computes S again, and for incoming gradients dO and dlse::
 
     dP = dO V^T         delta_i = sum_e dO_ie O_ie
     dS = phi'(S) / Z * (dP - delta + dlse)        dQ = scale dS K    dK = scale dS^T Q    dV = P^T dO    dbias = dS

@@ -60,11 +60,68 @@ def merge(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Te
         weight = (log - peak).exp()
         total = total + weight
         # A kernel may leave anything in the output of a row without keys: 0 * nan must not get through.
-        out = out + torch.where((log == -math.inf)[..., None], 0, part.to(wide) * weight[..., None])
+        out = out + torch.where((log == -math.inf)[..., None], 0, part.to(wide)) * weight[..., None]
     empty = total == 0
     total = torch.where(empty, 1, total)
     lse = torch.where(empty, -math.inf, peak + total.log())
     return (out / total[..., None]).to(outputs[0].dtype), lse
+
+
+def grouped_softmax(scores: Tensor, groups: Tensor, gates: Tensor, *, own: Tensor | None = None) -> Tensor:
+    """Weights in two levels: a softmax over groups by their gates, times a softmax over the keys inside each group.
+
+    The same as merging the groups' attention outputs with the gates in the place of their log-sum-exps. With groups
+    that are blocks and gates that are the scores of the blocks' landmarks, this is landmark attention.
+
+    Args:
+        scores: (..., keys), floating point.
+        groups: int64, broadcasts to scores: the group of each key, negative for a key that takes no part.
+        gates: (..., groups), logit of each group; -inf hides the group with its keys. A group that has no key keeps
+            its share of the first level, so that the weights then sum to less than one.
+        own: boolean, broadcasts to gates: True for groups whose gate is the log-sum-exp of their own scores (the
+            entry in ``gates`` is not read). Keys of such groups weigh against the other gates one by one.
+
+    Returns:
+        Weights (..., keys) in the dtype of the scores; zeros where no group is left.
+
+    Raises:
+        TypeError: groups that are not int64, or scores or gates that are not floating point.
+        ValueError: shapes that do not fit.
+
+    Source: "Landmark Attention: Random-Access Infinite Context Length for Transformers", arXiv 2305.16300, section 3.1.
+
+    >>> import torch
+    >>> scores, groups = torch.zeros(4), torch.tensor([0, 0, 0, 1])
+    >>> grouped_softmax(scores, groups, torch.zeros(2))
+    tensor([0.1667, 0.1667, 0.1667, 0.5000])
+    """
+    if groups.dtype != torch.int64:
+        raise TypeError(f"groups must be an int64 tensor, got {groups.dtype}")
+    if scores.dtype not in FLOATS or gates.dtype not in FLOATS:
+        raise TypeError(f"scores and gates must be floating point, got {scores.dtype} and {gates.dtype}")
+    try:
+        groups = groups.expand_as(scores)
+        gates = gates.expand(*scores.shape[:-1], gates.shape[-1])
+        own = None if own is None else own.expand_as(gates)
+    except RuntimeError as error:
+        raise ValueError(f"groups, gates or own does not broadcast to scores {tuple(scores.shape)}: {error}") from None
+    result, wide = scores.dtype, accumulation_dtype(scores.dtype)
+    scores, gates, member = scores.to(wide), gates.to(wide), groups >= 0
+    groups = torch.where(member, groups, 0)
+    member = member & (scores != -math.inf)
+    low = torch.full_like(gates, -math.inf)
+    peaks = low.scatter_reduce(-1, groups, torch.where(member, scores.detach(), -math.inf), "amax")
+    peaks = torch.where(peaks == -math.inf, 0, peaks)
+    parts = torch.where(member, (torch.where(member, scores, 0) - peaks.gather(-1, groups)).exp(), 0)
+    sums = torch.zeros_like(gates).scatter_add(-1, groups, parts)
+    safe = torch.where(sums == 0, 1, sums)
+    if own is not None:
+        gates = torch.where(own, torch.where(sums == 0, -math.inf, peaks + safe.log()), gates)
+    peak = gates.detach().amax(-1, keepdim=True) if gates.shape[-1] else gates.new_zeros(())
+    shares = (gates - torch.where(peak == -math.inf, 0, peak)).exp()
+    total = shares.sum(-1, keepdim=True)
+    factor = shares / torch.where(total == 0, 1, total) / safe
+    return parts.mul(factor.gather(-1, groups)).to(result)
 
 
 def _check(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
