@@ -207,7 +207,7 @@ class _State:
     def _parts(self, layer: int, key: Tensor, value: Tensor) -> Parts:
         positions = self.pads is not None or self.duo.strict_streaming_prefill
         if self.cache is not None:
-            return self.cache.layers[layer].read(self.pads, self.longest_pad, positions=positions)
+            return self.cache.duo_layers[layer].read(self.pads, self.longest_pad, positions=positions)
         # Without a cache the call is a first chunk whose keys nobody keeps.
         once = DuoLayer(self.duo.retrieval[layer], sinks=self.duo.sinks, recent=self.duo.recent)
         once.update(key, value)

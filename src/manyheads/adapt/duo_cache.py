@@ -63,7 +63,8 @@ class DuoCache(Cache):
 
     def __init__(self, retrieval: Tensor, *, sinks: int, recent: int) -> None:
         retrieval = check_duo(retrieval, sinks, recent)
-        super().__init__(layers=[DuoLayer(row, sinks=sinks, recent=recent) for row in retrieval])
+        self.duo_layers = [DuoLayer(row, sinks=sinks, recent=recent) for row in retrieval]
+        super().__init__(layers=list(self.duo_layers))
         self.retrieval, self.sinks, self.recent = retrieval, sinks, recent
         self.longest_pad = 0
 
@@ -75,7 +76,7 @@ class DuoCache(Cache):
     @property
     def slots(self) -> list[tuple[int, int]]:
         """Per layer, the keys held by each retrieval head and by each streaming head."""
-        return [(layer.full_slots, layer.stream_slots) for layer in self.layers]
+        return [(layer.full_slots, layer.stream_slots) for layer in self.duo_layers]
 
     def reset(self) -> None:
         """Forget everything."""

@@ -19,11 +19,30 @@ from transformers import Cache, DynamicCache
 
 from manyheads.adapt.duo_cache import live_bytes
 from manyheads.bench.trial import Measurement
-from manyheads.data.needles import NEEDLES, Needle, needle_prompt
+from manyheads.data.needles import Needle, needle_prompt
 from manyheads.data.text import documentation_split
 
 # ``advance(what)`` is called after every finished piece of work.
 Advance = Callable[[str], None]
+
+# Other facts than data.needles.NEEDLES: heads that were chosen by those are not judged by them.
+FACTS = (
+    Needle(
+        "The best way to spend an evening in Oslo is to row across the fjord and listen to jazz beside an open fire.",
+        "What is the best way to spend an evening in Oslo?",
+        "row across the fjord and listen to jazz beside an open fire",
+    ),
+    Needle(
+        "The old clock maker of Prague repaired his famous clock with copper wire, green glass and a silver spoon.",
+        "What did the old clock maker of Prague repair his famous clock with?",
+        "copper wire, green glass and a silver spoon",
+    ),
+    Needle(
+        "The hidden treasure of the island lies under a white stone behind the ruined chapel near the south beach.",
+        "Where does the hidden treasure of the island lie?",
+        "under a white stone behind the ruined chapel near the south beach",
+    ),
+)
 
 # Tokens of a needle test that are kept free for chat markers, question and answer.
 NEEDLE_BUFFER = 100
@@ -38,7 +57,7 @@ def measure(
     chunk: int = 128,
     perplexity_tokens: int = 2048,
     decode_tokens: int = 32,
-    needles: Sequence[Needle] = NEEDLES,
+    needles: Sequence[Needle] = FACTS,
     advance: Advance | None = None,
 ) -> Measurement:
     """All figures of one state of a model (a method that is attached stays attached).
@@ -61,9 +80,9 @@ def measure(
         ValueError: no length or depth, lengths that do not fit the model, chunk < 1.
     """
     lengths, depths = list(lengths), list(depths)
-    _check(model, lengths, depths, chunk)
+    check_sizes(model, lengths, depths, chunk)
     advance = advance or (lambda what: None)
-    text = tokenizer(documentation_split()[1])["input_ids"]
+    hay, text = (tokenizer(part, verbose=False)["input_ids"] for part in documentation_split())
     value = perplexity(model, text[:perplexity_tokens], chunk=chunk)
     advance("perplexity")
     grid = []
@@ -71,7 +90,7 @@ def measure(
         grid.append([])
         for column, length in enumerate(lengths):
             needle = needles[(row + column) % len(needles)]
-            grid[-1].append(needle_recall(model, tokenizer, needle, length=length, depth=depth, chunk=chunk))
+            grid[-1].append(needle_recall(model, tokenizer, needle, length=length, depth=depth, chunk=chunk, text=hay))
             advance(f"needle, {length} tokens, depth {depth:g}")
     longest = _stretched(text, max(lengths))
     cache_bytes, prefill, decode = memory_and_speed(model, longest, chunk=chunk, decode_tokens=decode_tokens)
@@ -112,10 +131,14 @@ def needle_recall(
     length: int,
     depth: float,
     chunk: int = 128,
+    text: Sequence[int] | None = None,
     max_new_tokens: int = 20,
 ) -> float:
-    """ROUGE-1 recall in [0, 1] of the answer in what the model says greedily when asked for the needle."""
-    prompt = needle_prompt(tokenizer, needle, length=length, depth=depth, buffer=NEEDLE_BUFFER)
+    """ROUGE-1 recall in [0, 1] of the answer in what the model says greedily when asked for the needle.
+
+    ``text`` is the haystack as token ids; None takes the beginning of Python's documentation.
+    """
+    prompt = needle_prompt(tokenizer, needle, length=length, depth=depth, buffer=NEEDLE_BUFFER, text=text)
     ids = torch.tensor([prompt.ids], device=model.device)
     out = model.generate(
         ids,
@@ -179,7 +202,8 @@ def _stretched(tokens: list[int], length: int) -> list[int]:
     return (tokens * -(-length // len(tokens)))[:length]
 
 
-def _check(model: Any, lengths: list[int], depths: list[float], chunk: int) -> None:
+def check_sizes(model: Any, lengths: Sequence[int], depths: Sequence[float], chunk: int) -> None:
+    """Raise ValueError unless the lengths fit the model, the depths are percentages and chunk is positive."""
     if not lengths or not depths:
         raise ValueError("lengths and depths need at least one value each")
     most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -187,6 +211,6 @@ def _check(model: Any, lengths: list[int], depths: list[float], chunk: int) -> N
         if length <= NEEDLE_BUFFER or (most is not None and length > most):
             raise ValueError(f"length {length} must lie between {NEEDLE_BUFFER + 1} and the model's {most} tokens")
     if any(not 0 <= depth <= 100 for depth in depths):
-        raise ValueError(f"depths {depths} must lie between 0 and 100")
+        raise ValueError(f"depths {list(depths)} must lie between 0 and 100")
     if chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least 1")
