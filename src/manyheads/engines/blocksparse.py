@@ -100,7 +100,7 @@ def blocksparse_attention(
     elif backend == "flex":
         out, lse = _flex(query, key, value, plan, predicate, bias, scale)
     else:
-        if backend == "dense":
+        if backend == "dense" and query.shape[2] and key.shape[2]:
             plan, predicate = _one_tile(query, key, plan, predicate)
         out, lse = _tiles(query, key, value, plan, predicate, bias, scale)
     return (out, lse) if return_lse else out
@@ -214,6 +214,7 @@ def run(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> tuple[Te
         problem.scale,
         problem.additive,
         by_scores=problem.elementwise,
+        drop=problem.drop,
     )
     return problem.from_lanes(out), problem.from_lanes(lse)
 
@@ -243,6 +244,7 @@ def run_backward(
         problem.scale,
         problem.additive,
         (lambda chunk, scores: problem.collect(sums, chunk, scores)) if sums else None,
+        drop=problem.drop,
     )
     dq = problem.from_lanes(dq).to(query.dtype)
     dk, dv = dk.reshape(key.shape).to(key.dtype), dv.reshape(value.shape).to(value.dtype)
@@ -317,7 +319,13 @@ def _opaque(query, key, index, elements, query_block, key_block, scale) -> Probl
     return Problem(plan, batch, heads, key_heads, queries, keys, scale, wide, elements=elements)
 
 
-@torch.library.custom_op("manyheads::blocksparse", mutates_args=())
+_OPERATOR_SCHEMA = (
+    "(Tensor query, Tensor key, Tensor value, Tensor index, Tensor? elements, int query_block, int "
+    "key_block, float scale) -> (Tensor, Tensor)"
+)
+
+
+@torch.library.custom_op("manyheads::blocksparse", mutates_args=(), schema=_OPERATOR_SCHEMA)
 def _operator(
     query: Tensor,
     key: Tensor,
@@ -338,7 +346,14 @@ def _(query, key, value, index, elements, query_block, key_block, scale):
     return query.new_empty(*query.shape[:-1], value.shape[-1]), lse
 
 
-@torch.library.custom_op("manyheads::blocksparse_backward", mutates_args=())
+_OPERATOR_BACKWARD_SCHEMA = (
+    "(Tensor grad_out, Tensor grad_lse, Tensor query, Tensor key, Tensor value, Tensor index, Tensor? "
+    "elements, Tensor out, Tensor lse, int query_block, int key_block, float scale, bool needs_elements) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.custom_op("manyheads::blocksparse_backward", mutates_args=(), schema=_OPERATOR_BACKWARD_SCHEMA)
 def _operator_backward(
     grad_out: Tensor,
     grad_lse: Tensor,

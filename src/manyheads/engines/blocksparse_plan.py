@@ -94,15 +94,19 @@ class BlockPlan:
                 )
 
     @classmethod
-    def from_mask(cls, mask: Tensor, *, query_block: int, key_block: int) -> BlockPlan:
-        """The plan of a dense boolean block mask (..., query_blocks, key_blocks), True where a block is read."""
+    def from_mask(cls, mask: Tensor, *, query_block: int, key_block: int, slots: int | None = None) -> BlockPlan:
+        """The plan of a dense boolean block mask (..., query_blocks, key_blocks), True where a block is read.
+
+        ``slots`` bounds the blocks of a row; where it is known beforehand, torch.compile can trace this function.
+        """
         if mask.dtype != torch.bool or mask.ndim not in (2, 3, 4):
             raise ValueError(f"mask must be boolean with 2 to 4 axes, got {mask.dtype} {tuple(mask.shape)}")
         blocks = mask.shape[-1]
         number = torch.arange(blocks, device=mask.device).expand(mask.shape)
         # Unused blocks get a number behind all others, so that sorting leaves the used ones in rising order in front.
         index = torch.where(mask, number, blocks).sort(dim=-1).values
-        slots = int(mask.sum(-1).max()) if mask.numel() else 0
+        if slots is None:
+            slots = int(mask.sum(-1).max()) if mask.numel() else 0
         index = index[..., :slots]
         return cls(query_block, key_block, torch.where(index < blocks, index, -1), padded=True)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from manyheads.engines.blocksparse_plan import BlockPlan, TableBias
-from manyheads.engines.blocksparse_tiles import Chunk, Geometry, key_numbers
+from manyheads.engines.blocksparse_tiles import Chunk, Dropout, Geometry, key_numbers
 from manyheads.engines.common import Predicate
 
 
@@ -32,6 +32,7 @@ class Problem:
     predicate: Predicate | None = None
     bias: Tensor | None = None
     table: TableBias | None = None
+    drop: Dropout | None = None
     elements: Tensor | None = None  # (batch | 1, heads | 1, query_blocks, query_block, slots * key_block)
 
     @property

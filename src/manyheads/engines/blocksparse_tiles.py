@@ -52,22 +52,44 @@ class Chunk:
     rows: Tensor | None  # (tiles, keys) key numbers; None where a slab view serves
 
 
+@dataclass(frozen=True)
+class Dropout:
+    """Dropout on the weights that draws the same numbers forward and backward, so that no mask is kept."""
+
+    probability: float
+    seed: int
+
+    def keep(self, scores: Tensor, turn: int) -> Tensor:
+        """What the weights of the turn-th chunk are multiplied with: 0 or 1 / (1 - probability)."""
+        numbers = torch.Generator(scores.device).manual_seed(self.seed + turn)
+        keep = torch.empty_like(scores).bernoulli_(1 - self.probability, generator=numbers)
+        return keep.div_(1 - self.probability) if self.probability < 1 else keep
+
+
 # What is added to the scores of a chunk, broadcastable to (lanes, tiles, rows, keys), and which rows it leaves empty.
 Additive = Callable[[Chunk], tuple[Tensor | None, Tensor | None]]
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, geometry: Geometry, scale: float, additive: Additive, *, by_scores: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    geometry: Geometry,
+    scale: float,
+    additive: Additive,
+    *,
+    by_scores: bool,
+    drop: Dropout | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of query (lanes, tiles, rows, dim) over key, value (lanes, keys, dim)."""
     wide = accumulation_dtype(query.dtype)
     out = query.new_zeros(*query.shape[:-1], value.shape[-1])
     lse = torch.full(query.shape[:-1], -torch.inf, dtype=wide, device=query.device)
-    fused = query.device.type == "cpu" and query.shape[-1] == value.shape[-1]
-    for chunk in chunks(query, key, geometry, by_scores=by_scores or not fused):
+    fused = query.device.type == "cpu" and query.shape[-1] == value.shape[-1] and drop is None
+    for turn, chunk in enumerate(chunks(query, key, geometry, by_scores=by_scores or not fused)):
         q, k, v = _take_tiles(query, chunk), take_keys(key, chunk), take_keys(value, chunk)
         extra, empty = additive(chunk)
-        o, l = (_sdpa if fused else _softmax)(q, k, v, extra, scale, wide)
+        o, l = _sdpa(q, k, v, extra, scale) if fused else _softmax(q, k, v, extra, scale, wide, drop, turn)
         if fused and empty is not None:
             # The fused kernel reports a log-sum-exp of 0 for rows without keys.
             l = l.masked_fill(empty, -torch.inf)
@@ -88,8 +110,9 @@ def backward(
     scale: float,
     additive: Additive,
     collect: Callable[[Chunk, Tensor], None] | None = None,
+    drop: Dropout | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value in the accumulation dtype; ``collect`` gets the gradient of each chunk's scores."""
+    """Gradients of query, key, value in the accumulation dtype; ``collect`` gets those of each chunk's scores."""
     wide = accumulation_dtype(query.dtype)
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     delta = (grad_out.to(wide) * out.to(wide)).sum(-1)
@@ -100,7 +123,7 @@ def backward(
     dq = torch.zeros(query.shape, dtype=wide, device=query.device)
     dk = torch.zeros(key.shape, dtype=wide, device=key.device)
     dv = torch.zeros(value.shape, dtype=wide, device=value.device)
-    for chunk in chunks(query, key, geometry, by_scores=True):
+    for turn, chunk in enumerate(chunks(query, key, geometry, by_scores=True)):
         q, do = _take_tiles(query, chunk).to(wide), _take_tiles(grad_out, chunk).to(wide)
         k, v = take_keys(key, chunk).to(wide), take_keys(value, chunk).to(wide)
         extra, _ = additive(chunk)
@@ -110,13 +133,17 @@ def backward(
         weights -= _take_tiles(shift, chunk)[..., None]
         weights.exp_()
         grads = torch.matmul(do, v.transpose(-2, -1))
+        kept = weights
+        if drop is not None:
+            keep = drop.keep(weights, turn)
+            kept, grads = weights * keep, grads * keep
         grads -= _take_tiles(delta, chunk)[..., None]
         grads *= weights
         if collect is not None:
             collect(chunk, grads)
         _put_tiles(dq, torch.matmul(grads, k) * scale, chunk)
         _add_keys(dk, torch.matmul(grads.transpose(-2, -1), q) * scale, chunk)
-        _add_keys(dv, torch.matmul(weights.transpose(-2, -1), do), chunk)
+        _add_keys(dv, torch.matmul(kept.transpose(-2, -1), do), chunk)
     return dq, dk, dv
 
 
@@ -203,16 +230,28 @@ def _add_keys(target: Tensor, parts: Tensor, chunk: Chunk) -> None:
         target[:, first + at : stop].unfold(1, size, step).transpose(-2, -1).add_(parts[:, :, at : at + size])
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, extra: Tensor | None, scale: float, wide: torch.dtype):
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, extra: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     if extra is not None:
         extra = extra.expand(*q.shape[:3], k.shape[2])
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=extra, scale=scale)
 
 
-def _softmax(q: Tensor, k: Tensor, v: Tensor, extra: Tensor | None, scale: float, wide: torch.dtype):
+def _softmax(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    extra: Tensor | None,
+    scale: float,
+    wide: torch.dtype,
+    drop: Dropout | None,
+    turn: int,
+) -> tuple[Tensor, Tensor]:
     scores = torch.matmul(q.to(wide) * scale, k.to(wide).transpose(-2, -1))
     if extra is not None:
         scores += extra
     lse = scores.logsumexp(-1)
     scores -= torch.where(lse == -torch.inf, torch.inf, lse)[..., None]
-    return torch.matmul(scores.exp_(), v.to(wide)).to(q.dtype), lse
+    scores.exp_()
+    if drop is not None:
+        scores *= drop.keep(scores, turn)
+    return torch.matmul(scores, v.to(wide)).to(q.dtype), lse

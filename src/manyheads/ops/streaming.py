@@ -81,4 +81,5 @@ def _plan(queries: int, keys: int, sinks: int, recent: int, device: torch.device
     first, last = block * size + keys - queries, (block * size + size - 1).clamp(max=queries - 1) + keys - queries
     start = torch.arange(-(-keys // KEY_BLOCK), device=device) * KEY_BLOCK
     near = (start <= last) & (start + KEY_BLOCK > first - recent + 1)
-    return BlockPlan.from_mask(near | (start < sinks), query_block=size, key_block=KEY_BLOCK)
+    slots = min(len(start), -(-sinks // KEY_BLOCK) + (size + recent + 2 * KEY_BLOCK - 3) // KEY_BLOCK)
+    return BlockPlan.from_mask(near | (start < sinks), query_block=size, key_block=KEY_BLOCK, slots=slots)

@@ -2,8 +2,8 @@
 
     out_i = sum_j softmax_j( scale * q_i . k_j ) v_j        over the tokens j of i's window
 
-Source: "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows", arXiv 2103.14030, section 3.2; without
-shifts and position bias it is the spatial half of DaViT, arXiv 2204.03645.
+Source: "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows", arXiv 2103.14030, section 3.2;
+without shifts and position bias it is the spatial half of DaViT, arXiv 2204.03645.
 """
 
 from __future__ import annotations
