@@ -86,10 +86,10 @@ LANGUAGE_SYSTEMS = (
         arxiv="2410.10819",
         kind="adaptation",
         patterns=CAUSAL,
-        rooms=("adapt",),
+        rooms=("ops", "adapt"),
         why="Only some heads need the whole context; the others keep sinks and a recent window and free the rest.",
         state="works",
-        public=("manyheads.adapt.duo_attention.DuoAttention",),
+        public=("manyheads.adapt.duo_attention.DuoAttention", "manyheads.ops.streaming.streaming_attention"),
     ),
     System(
         slug="fusemax",
