@@ -357,18 +357,12 @@ def _flex(query, key, value, mask, bias, causal, scale, normalizer, return_lse):
         raise ValueError("backend='flex' has no backward on CPU; take 'blocked' or 'auto'")
     if cpu and return_lse:
         raise ValueError("backend='flex' gives no log-sum-exp on CPU; take 'blocked' or 'auto'")
-    seen = mask
-    if isinstance(mask, Tensor):
-
-        def seen(b, h, i, j):
-            return _lookup(mask, b, h, i, j)
-
-    if causal:
+    seen = (lambda b, h, i, j: _lookup(mask, b, h, i, j)) if isinstance(mask, Tensor) else mask
+    if causal and seen is None:
+        seen = lambda b, h, i, j: j <= i + (keys - queries)  # noqa: E731
+    elif causal:
         inner = seen
-
-        def seen(b, h, i, j):
-            ahead = j <= i + (keys - queries)
-            return ahead if inner is None else ahead & inner(b, h, i, j)
+        seen = lambda b, h, i, j: (j <= i + (keys - queries)) & inner(b, h, i, j)  # noqa: E731
 
     block_mask = None
     if seen is not None:
@@ -377,12 +371,7 @@ def _flex(query, key, value, mask, bias, causal, scale, normalizer, return_lse):
             batch_axis = batch_axis if mask.shape[0] > 1 else None
             head_axis = head_axis if mask.shape[1] > 1 else None
         block_mask = create_block_mask(seen, batch_axis, head_axis, queries, keys, device=query.device)
-    score_mod = None
-    if bias is not None:
-
-        def score_mod(score, b, h, i, j):
-            return score + _lookup(bias, b, h, i, j)
-
+    score_mod = None if bias is None else lambda score, b, h, i, j: score + _lookup(bias, b, h, i, j)
     call = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
     options = {"score_mod": score_mod, "block_mask": block_mask, "scale": scale,
                "enable_gqa": query.shape[1] != key.shape[1]}  # fmt: skip

@@ -152,6 +152,11 @@ def _tile_options(query: Tensor, value: Tensor, lists: int, *, backward: bool) -
     }  # fmt: skip
 
 
+def _launchable(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors; on CPU bfloat16 becomes float32, whose bits Triton's interpreter does not multiply as integers."""
+    return tuple(t.float() if t.dtype == torch.bfloat16 and not t.is_cuda else t for t in tensors)
+
+
 def _inputs(query: Tensor, key: Tensor, value: Tensor, index: Tensor, bias: Tensor | None):
     """Tensors whose last axis is dense, the index and bias expanded by strides alone, and all strides."""
     heads, kv_heads = query.shape[1], key.shape[1]
@@ -175,11 +180,13 @@ def select_triton(query, key, value, index, bias, scale):
     if query.numel() == 0 or selected == 0 or key.shape[2] == 0:
         lse = query.new_full((batch, heads, queries), -torch.inf, dtype=torch.float32)
         return query.new_zeros(batch, heads, queries, value.shape[-1]), lse
+    dtype = query.dtype
+    query, key, value = _launchable(query, key, value)
     lists, tensors, strides = _inputs(query, key, value, index, bias)
     parts = max(1, min(PROGRAMS // (batch * lists * queries), selected // SHORTEST_PART))
     part = -(-selected // parts)
-    dtype = query.dtype if parts == 1 else torch.float32
-    out = query.new_empty(parts, batch, heads, queries, value.shape[-1], dtype=dtype)
+    part_dtype = query.dtype if parts == 1 else torch.float32
+    out = query.new_empty(parts, batch, heads, queries, value.shape[-1], dtype=part_dtype)
     lse = query.new_empty(parts, batch, heads, queries, dtype=torch.float32)
     _forward_kernel[(queries, batch * lists, parts)](
         *tensors, out, lse, scale, queries, key.shape[2], selected, part, *strides,
@@ -187,9 +194,9 @@ def select_triton(query, key, value, index, bias, scale):
         **_tile_options(query, value, lists, backward=False),
     )  # fmt: skip
     if parts == 1:
-        return out[0], lse[0]
+        return out[0].to(dtype), lse[0]
     merged, lse = merge(out.unbind(0), lse.unbind(0))
-    return merged.to(query.dtype), lse
+    return merged.to(dtype), lse
 
 
 @select_triton.register_fake
@@ -208,7 +215,8 @@ _SCHEMA = (
 def select_triton_backward(grad, grad_lse, query, key, value, index, bias, out, lse, scale, bias_grad):
     """Gradients of query, key, value and bias (empty where it is not asked for)."""
     batch, heads, queries, _ = query.shape
-    selected = index.shape[3]
+    selected, dtype = index.shape[3], query.dtype
+    query, key, value, grad, out = _launchable(query, key, value, grad, out)
     d_query = torch.zeros_like(query, memory_format=torch.contiguous_format)
     d_key, d_value = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (key, value))
     d_bias = query.new_zeros(bias.shape if bias_grad else (0,), dtype=torch.float32 if bias is None else bias.dtype)
@@ -223,7 +231,7 @@ def select_triton_backward(grad, grad_lse, query, key, value, index, bias, out, 
         )  # fmt: skip
         if bias_grad:
             d_bias = d_scores.sum_to_size(bias.shape).to(bias.dtype)
-    return d_query, d_key.to(key.dtype), d_value.to(value.dtype), d_bias
+    return d_query.to(dtype), d_key.to(dtype), d_value.to(dtype), d_bias
 
 
 @select_triton_backward.register_fake
