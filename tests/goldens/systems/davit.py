@@ -23,10 +23,10 @@ def _channel(config: dict, weights: dict[str, Tensor], given: dict[str, Tensor])
     q, k, v = given["q"], given["k"], given["v"]
     scale = config.get("scale")
     if isinstance(scale, str):
-        scale = {"head_dim": q.shape[-1], "tokens": q.shape[2]}[scale.removesuffix("**-0.5")] ** -0.5
+        scale = {"head_dim": q.shape[-1], "tokens": q.shape[2], "N": q.shape[2]}[scale.removesuffix("**-0.5")] ** -0.5
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return channel_attention(q, k, v, scale=scale)
+        return channel_attention(q, k, v, scale=None if scale is None else float(scale))
 
     outputs = {"out": attend(q, k, v)}
     if "dout" in given:

@@ -1,5 +1,5 @@
 """Vision models on timm's parts, one file per system; importing this package registers them all with timm."""
 
-from manyheads.models.vision import biformer, davit
+from manyheads.models.vision import biformer, davit, nat
 
-__all__ = ["biformer", "davit"]
+__all__ = ["biformer", "davit", "nat"]

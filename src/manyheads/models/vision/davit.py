@@ -31,7 +31,9 @@ ATTENTIONS = ("spatial", "channel")
 class SubBlock(nn.Module):
     """One attention with its MLP: CPE, attention, CPE, MLP, on (batch, X, Y, channels)."""
 
-    def __init__(self, dim: int, attention: nn.Module, mlp_ratio: float, drop_path: float, cpe_act: bool) -> None:
+    def __init__(
+        self, dim: int, attention: nn.Module, mlp_ratio: int | float, drop_path: int | float, cpe_act: bool
+    ) -> None:
         super().__init__()
         self.cpe1 = ConvPositionEncoding(dim, activation=cpe_act)
         self.norm1 = nn.LayerNorm(dim)
@@ -137,14 +139,14 @@ class DaViT(nn.Module):
         embed_dims: Sequence[int] = (96, 192, 384, 768),
         num_heads: Sequence[int] = (3, 6, 12, 24),
         window_size: int = 7,
-        mlp_ratio: float = 4.0,
+        mlp_ratio: int | float = 4.0,
         qkv_bias: bool = True,
         attention_types: Sequence[str] = ATTENTIONS,
         channel_flavour: str = "v1",
         down_kernel_size: int = 2,
         cpe_act: bool = False,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
+        drop_rate: int | float = 0.0,
+        drop_path_rate: int | float = 0.0,
     ) -> None:
         super().__init__()
         if not len(depths) == len(embed_dims) == len(num_heads):
