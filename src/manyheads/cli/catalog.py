@@ -28,7 +28,7 @@ def list_systems(
 
 
 def show(slug: Annotated[str, typer.Argument(help="A name from `manyheads list`.")], json: Json = False) -> None:
-    """Show one system: its paper, what it is for, where its parts are, what to type."""
+    """Show one system: its paper, its purpose, what to type."""
     system = catalog.get(slug)
     commands = _commands(system)
     if json:

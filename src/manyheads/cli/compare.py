@@ -30,7 +30,10 @@ def compare(
     dtype: Dtype = "float32",
     json: Json = False,
 ) -> None:
-    """Time every working operator that serves PATTERN, and dense attention, on the same inputs."""
+    """Time the operators that serve a pattern, on your shapes.
+
+    Dense attention runs beside them on the same inputs, forward and backward, in one process; medians count.
+    """
     from manyheads.bench.contest import Shape, run_contest
 
     shape = Shape(pattern=pattern, length=length, batch=batch, heads=heads, head_dim=head_dim)

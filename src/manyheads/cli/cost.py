@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Annotated
 
 import typer
@@ -30,7 +31,10 @@ def cost(
     setting: Annotated[list[str] | None, typer.Option("--set", help="The system's own size: --set window=81.")] = None,
     json: Json = False,
 ) -> None:
-    """Operations, memory traffic and state of a system by its formulas, next to dense attention."""
+    """Say what a system should cost, next to dense attention.
+
+    Operations, memory traffic and what decoding holds, by the closed formulas of its paper.
+    """
     from manyheads import catalog
     from manyheads.cost import FORMULAS
     from manyheads.cost import cost as formula
@@ -52,7 +56,7 @@ def cost(
     beside = "causal dense" if ours.causal else "dense"
     title = f"{system}, {length} tokens, {heads} heads of {head_dim}: {ours.settings}"
     print_table(title, ["", system, beside, "ratio"], rows, right=(system, beside, "ratio"))
-    typer.echo(ours.formula)
+    typer.echo(textwrap.fill(ours.formula, 79))
 
 
 def _settings(pairs: list[str]) -> dict[str, int | float]:

@@ -23,6 +23,8 @@ app = typer.Typer(
     name="manyheads",
     help="The attention systems of 59 papers: list, try, inspect, compare, reproduce, train, cost.",
     no_args_is_help=True,
+    # Plain help and errors: rich would double the time that --help takes.
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -18,7 +18,10 @@ def reproduce(
     report: Annotated[Path | None, typer.Option(help="Folder for a page (index.html) and claims.json.")] = None,
     json: Json = False,
 ) -> None:
-    """Run the claims of a paper and say whether they hold here. A refuted claim is a result, not a failure."""
+    """Run the claims of a paper and say whether they hold here.
+
+    A refuted claim is a result, not a failure: the exit code is 0 unless a claim could not run to its end.
+    """
     if (slug is None) == (not all_systems):
         raise ValueError("name one system, or give --all: `manyheads reproduce biformer`, `manyheads reproduce --all`")
     from manyheads.reproduce.runner import claims_of, reproducible, run_claims
@@ -32,7 +35,13 @@ def reproduce(
         typer.echo(f"report: {written}", err=json)
     if json:
         print_json([result.to_dict() for result in results])
-        return
+    else:
+        _print(results)
+    if any(result.error for result in results):
+        raise typer.Exit(1)
+
+
+def _print(results: list) -> None:
     rows = [
         [result.claim.system, result.claim.name, result.outcome, result.measured, f"{result.seconds:.0f} s"]
         for result in results
@@ -43,5 +52,3 @@ def reproduce(
             typer.echo(f"{result.claim.system} {result.claim.name}: {result.error}", err=True)
         if result.claim.full_scale:
             typer.echo(f"full scale of {result.claim.system} {result.claim.name}:\n  {result.claim.full_scale}")
-    if any(result.error for result in results):
-        raise typer.Exit(1)
