@@ -1,1 +1,15 @@
 """Attention layers (projections around an operator), one file per layer."""
+
+from manyheads.layers.biformer import BiLevelRoutingAttention
+from manyheads.layers.davit import ChannelAttention, ConvPositionEncoding, WindowAttention
+from manyheads.layers.lightning import TNLAttention
+from manyheads.layers.neighborhood import NeighborhoodAttention
+
+__all__ = [
+    "BiLevelRoutingAttention",
+    "ChannelAttention",
+    "ConvPositionEncoding",
+    "NeighborhoodAttention",
+    "TNLAttention",
+    "WindowAttention",
+]

@@ -1,1 +1,24 @@
 """Attention operators: pure functions on tensors, one file per operator."""
+
+from manyheads.ops.bilevel_routing import bilevel_routing_attention
+from manyheads.ops.channel import channel_attention
+from manyheads.ops.lightning import lightning_attention, lightning_attention_step, lightning_slopes
+from manyheads.ops.neighborhood import neighborhood_attention, neighborhood_decode
+from manyheads.ops.neighborhood_plan import neighborhood_mask
+from manyheads.ops.streaming import streaming_attention
+from manyheads.ops.window import window_attention, window_merge, window_partition
+
+__all__ = [
+    "bilevel_routing_attention",
+    "channel_attention",
+    "lightning_attention",
+    "lightning_attention_step",
+    "lightning_slopes",
+    "neighborhood_attention",
+    "neighborhood_decode",
+    "neighborhood_mask",
+    "streaming_attention",
+    "window_attention",
+    "window_merge",
+    "window_partition",
+]
