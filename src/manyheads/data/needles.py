@@ -84,7 +84,7 @@ class NeedlePrompt:
     ids: list[int]
     needle: Needle
     length: int
-    depth: float
+    depth: int | float
     offset: int
     inserted: tuple[int, int]
 
@@ -94,7 +94,7 @@ def needle_prompt(
     needle: Needle,
     *,
     length: int,
-    depth: float,
+    depth: int | float,
     text: str | Sequence[int] | None = None,
     offset: int = 0,
     buffer: int = 200,
@@ -175,7 +175,7 @@ def passkey_example(
     words: int = 32,
     text: str | Sequence[int] | None = None,
     offset: int = 0,
-    depths: tuple[float, float] = (0.05, 0.95),
+    depths: tuple[int | float, int | float] = (0.05, 0.95),
     multiple_of: int = 16,
     seed: int = 0,
 ) -> PasskeyExample:
@@ -238,16 +238,19 @@ def passkey_example(
     return PasskeyExample(context + asked, [False] * len(context) + [True] * len(asked), keys, places, answers)
 
 
+def haystack_ids(tokenizer: Any, text: str | None, tokens: int) -> list[int]:
+    """Token ids of a text, or of ``python_documentation()`` for None: at least ``tokens``, where it has so many."""
+    # Encoding a whole book for a page of it is slow; a token rarely spans more than sixteen characters.
+    return _encode(tokenizer, (python_documentation() if text is None else text)[: 16 * tokens + 64])
+
+
 def _encode(tokenizer: Any, text: str, special: bool = False) -> list[int]:
     return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 
 def _stretch(text: str | list[int] | None, tokenizer: Any, offset: int, length: int) -> list[int]:
-    if text is None:
-        text = python_documentation()
-    if isinstance(text, str):
-        # Encoding a whole book for a page of it is slow; a token rarely spans more than sixteen characters.
-        text = _encode(tokenizer, text[: 16 * (offset + length) + 64])
+    if text is None or isinstance(text, str):
+        text = haystack_ids(tokenizer, text, offset + length)
     if not text:
         raise ValueError("the haystack text is empty")
     first = offset % len(text)
@@ -257,7 +260,7 @@ def _stretch(text: str | list[int] | None, tokenizer: Any, offset: int, length: 
     return stretch
 
 
-def _sentence_end(hay: list[int], depth: float, periods: set[int]) -> int:
+def _sentence_end(hay: list[int], depth: int | float, periods: set[int]) -> int:
     if depth == 100:
         return len(hay)
     at = int(len(hay) * depth / 100)

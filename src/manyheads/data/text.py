@@ -19,7 +19,7 @@ def python_documentation() -> str:
     return "\n\n".join(_documents())
 
 
-def documentation_split(test_share: float = 0.1) -> tuple[str, str]:
+def documentation_split(test_share: int | float = 0.1) -> tuple[str, str]:
     """(train, test) text of ``python_documentation``; no paragraph of the test text occurs in the train text.
 
     Args:

@@ -23,8 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from manyheads.data.needles import NEEDLES, Needle, NeedlePrompt, needle_prompt
-from manyheads.data.text import python_documentation
+from manyheads.data.needles import NEEDLES, Needle, NeedlePrompt, haystack_ids, needle_prompt
 from manyheads.interpret.attach import AttentionCall, attention_function, decoder, geometry, visible_keys
 from manyheads.interpret.mask_heads import mask_heads
 from manyheads.interpret.retrieval_result import NeedleTest, RetrievalHeads, write_atomically
@@ -55,7 +54,7 @@ def retrieval_heads(
     tokenizer: Any,
     *,
     lengths: Sequence[int] = (400, 800),
-    depths: Sequence[float] = (10, 30, 50, 70, 90),
+    depths: Sequence[int | float] = (10, 30, 50, 70, 90),
     needles: Sequence[Needle] = NEEDLES,
     text: str | None = None,
     offsets: Sequence[int] = (0,),
@@ -64,7 +63,7 @@ def retrieval_heads(
     topk: int = 1,
     unique: bool = False,
     max_new_tokens: int = 50,
-    recall_threshold: float = 50.0,
+    recall_threshold: int | float = 50.0,
     batch_size: int = 1,
     progress: bool = True,
     resume: str | Path | None = None,
@@ -105,8 +104,7 @@ def retrieval_heads(
     """
     sizes = geometry(model)
     _check_grid(lengths, depths, needles, offsets, topk, max_new_tokens, batch_size)
-    haystack = tokenizer(python_documentation() if text is None else text, add_special_tokens=False, verbose=False)
-    hay = list(haystack["input_ids"])
+    hay = haystack_ids(tokenizer, text, max(offsets) + max(lengths))
     prompts = [
         needle_prompt(tokenizer, needle, length=length, depth=depth, text=hay, offset=offset, buffer=buffer, chat=chat)
         for length in lengths

@@ -76,7 +76,7 @@ class RetrievalHeads:
     model: str
     geometry: Geometry
     tests: list[NeedleTest]
-    recall_threshold: float = 50.0
+    recall_threshold: int | float = 50.0
 
     @functools.cached_property
     def _aggregate(self) -> tuple[Tensor, int, list[tuple[int, int]]]:
@@ -114,7 +114,7 @@ class RetrievalHeads:
         """The ``count`` best heads."""
         return self.ranking[:count]
 
-    def mask(self, *, threshold: float = RETRIEVAL, top: int | None = None) -> Tensor:
+    def mask(self, *, threshold: int | float = RETRIEVAL, top: int | None = None) -> Tensor:
         """Boolean (layers, heads), True for retrieval heads: mean >= threshold, or the ``top`` best.
 
         Raises:

@@ -103,8 +103,8 @@ def score_positions(
 
 def aggregate(
     raw: Float[Tensor, "tests layers heads"],
-    recall: Tensor | Sequence[float],
-    threshold: float = 50.0,
+    recall: Tensor | Sequence[int | float],
+    threshold: int | float = 50.0,
 ) -> tuple[Float[Tensor, "layers heads"], int, list[tuple[int, int]]]:
     """Mean score of every head over the accepted tests, and the ranking.
 
@@ -135,7 +135,7 @@ def aggregate(
 
 
 def find_needle(
-    prompt_ids: Tensor | Sequence[int], needle_ids: Tensor | Sequence[int], *, overlap: float = 0.9
+    prompt_ids: Tensor | Sequence[int], needle_ids: Tensor | Sequence[int], *, overlap: int | float = 0.9
 ) -> tuple[int, int]:
     """[start, end) of the first stretch of the prompt that holds the needle's tokens, or (-1, -1).
 

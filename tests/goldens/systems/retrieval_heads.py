@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from manyheads.interpret.retrieval_heads import aggregate, find_needle, score_heads
 from tests.goldens.systems._tensors import tensors
