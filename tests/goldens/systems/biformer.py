@@ -1,4 +1,4 @@
-"""BiFormer: bi-level routing as an operator and as a layer, the other mixers, and whole models, in the authors' keys."""
+"""BiFormer: bi-level routing as an operator and a layer, the other mixers, and whole models, in the authors' keys."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ class BiFormer(nn.Module):
         qk_dims: Sequence[int] | None = None,
         regions: int = 7,
         topks: Sequence[int] = (1, 4, 16, -2),
-        mlp_ratios: float | Sequence[float] = 3.0,
+        mlp_ratios: float | Sequence[int | float] = 3.0,
         stem: str = "conv",
         pos_embed: bool = True,
         formulation: str = "legacy",

@@ -1,0 +1,83 @@
+"""How the vision models were trained: one small record a model, with the numbers of its paper and code."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from manyheads.models.registry import PREFIX
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """AdamW, linear warm-up, cosine decay, timm's augmentations.
+
+    Attributes:
+        lr: peak learning rate for 1,024 images a step; other batches scale it linearly.
+        epochs, warmup_epochs: length of the training and of the warm-up.
+        warmup_lr, min_lr: where the rate starts and ends, also for 1,024 images.
+        weight_decay: on matrices and kernels only.
+        clip_grad: largest norm of the gradient; 0 does not clip.
+        drop_path: stochastic depth of the last block.
+        label_smoothing: share of the target spread over all classes.
+        auto_augment: timm's name of a RandAugment policy; "" has none.
+        mixup, cutmix: their beta distributions' parameters; 0 has none. A batch gets one or the other evenly.
+        random_erasing: probability.
+        color_jitter: strength; used where there is no ``auto_augment``.
+        crop_scale: smallest share of the image's area that a random crop keeps.
+        hflip: probability of a mirror image.
+        crop_pct: share of the image's side that evaluation keeps (224 of 256 pixels is 0.875).
+    """
+
+    lr: float = 1e-3
+    epochs: int = 300
+    warmup_epochs: int = 5
+    warmup_lr: float = 1e-6
+    min_lr: float = 1e-5
+    weight_decay: float = 0.05
+    clip_grad: float = 0.0
+    drop_path: float = 0.1
+    label_smoothing: float = 0.1
+    auto_augment: str = "rand-m9-mstd0.5-inc1"
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    random_erasing: float = 0.25
+    color_jitter: float = 0.4
+    crop_scale: float = 0.08
+    hflip: float = 0.5
+    crop_pct: float = 0.875
+
+
+# arXiv 2204.03645 (its script's 10 epochs at the lowest rate after the cosine are left out); arXiv 2303.08810 (without
+# its repeated augmentation and without the averaged weights, which its evaluation does not use).
+_DAVIT = Recipe(clip_grad=1.0, auto_augment="rand-m9-n2-mstd0.5-inc1", crop_pct=0.9)
+RECIPES = {
+    "davit_tiny": _DAVIT,
+    "davit_small": dataclasses.replace(_DAVIT, drop_path=0.2),
+    "davit_base": dataclasses.replace(_DAVIT, drop_path=0.4),
+    "biformer_tiny": Recipe(),
+    "biformer_small": Recipe(drop_path=0.15),
+    "biformer_base": Recipe(drop_path=0.4),
+}
+
+
+def recipe_for(model: str, *, small_images: bool = False) -> Recipe:
+    """The published recipe of a model, of its nearest relative, or a general one.
+
+    Args:
+        model: registered name, with or without prefix.
+        small_images: soften what a few thousand images of 8 x 8 pixels do not survive: mirror images of digits are no
+            digits, a crop of a twelfth of one shows nothing, and mixing two leaves neither.
+
+    >>> recipe_for("davit_base").drop_path, recipe_for("biformer_stl").clip_grad
+    (0.4, 0.0)
+    """
+    name = model.removeprefix(PREFIX)
+    family = _DAVIT if name.startswith("davit") else Recipe()
+    recipe = RECIPES.get(name, family)
+    if not small_images:
+        return recipe
+    return dataclasses.replace(
+        recipe, epochs=20, warmup_epochs=1, lr=8e-3, min_lr=1e-4, warmup_lr=1e-4, drop_path=0.0, hflip=0.0,
+        crop_scale=0.7, auto_augment="rand-m3-n1-mstd0.5-inc1", mixup=0.1, cutmix=0.0, random_erasing=0.0, crop_pct=1.0,
+    )  # fmt: skip

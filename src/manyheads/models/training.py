@@ -1,0 +1,326 @@
+"""Training a vision model: transformers' Trainer with timm's augmentations and the published recipe.
+
+A run can be killed at any moment: started again with the same output directory it goes on from the last complete
+checkpoint with the same random state, so that the loss curve is the one of an uninterrupted run. Under ``torchrun`` the
+same call trains on several processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup, create_transform
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from manyheads.models.checkpoints import save_checkpoint
+from manyheads.models.image_data import ImageData, LabelledImages, load_images
+from manyheads.models.recipes import Recipe, recipe_for
+from manyheads.models.registry import create_model
+
+WEIGHTS, HISTORY = "model.safetensors", "training.json"
+
+
+@dataclass
+class Training:
+    """What a training left behind.
+
+    Attributes:
+        model: registered name.
+        output: directory with ``model.safetensors`` (our layout), ``training.json`` and the checkpoints.
+        losses: (step, training loss) in the order of the steps, over resumptions.
+        accuracy: top-1 on the test part after each epoch, in [0, 1].
+        steps: optimiser steps made.
+        resumed_from: the checkpoint that this call went on from, or None.
+        settings: everything needed to repeat the run.
+    """
+
+    model: str
+    output: str
+    losses: list[tuple[int, float]]
+    accuracy: list[float]
+    steps: int
+    resumed_from: str | None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-serialisable copy."""
+        return dataclasses.asdict(self)
+
+
+def train_vision(
+    model: str,
+    data: str | ImageData,
+    *,
+    output: str | Path,
+    epochs: int | None = None,
+    batch_size: int = 64,
+    lr: float | None = None,
+    seed: int = 0,
+    resume: bool = True,
+    device: str = "auto",
+    dtype: str = "float32",
+    image_size: int | None = None,
+    recipe: Recipe | None = None,
+    save_steps: int | None = None,
+    workers: int = 0,
+    checkpoint: str | Path | None = None,
+    model_options: dict[str, Any] | None = None,
+    progress: bool = True,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Training:
+    """Train a registered vision model as its paper does.
+
+    Args:
+        model: registered name ("davit_tiny").
+        data: as in ``manyheads.models.image_data.load_images``.
+        output: directory for checkpoints, final weights and the record of the run.
+        epochs: passes over the training images; None takes the recipe's.
+        batch_size: images a step and process; even, because mixup pairs them.
+        lr: peak learning rate as it is; None takes the recipe's, scaled to the images of a step over all processes.
+        seed: of weights, order, augmentation and stochastic depth.
+        resume: go on from the last complete checkpoint in ``output``, if there is one. False starts anew and refuses
+            a directory that holds checkpoints.
+        device: "auto", "cpu" or "cuda"; choose among several GPUs with CUDA_VISIBLE_DEVICES.
+        dtype: "float32", or "bfloat16" and "float16" for mixed precision.
+        image_size: side in pixels; None takes what suits the data, or the model.
+        recipe: None takes ``recipe_for(model)``, softened for the embedded images.
+        save_steps: steps between checkpoints; None saves one an epoch.
+        workers: processes that load images; how many does not change the run.
+        checkpoint: weights to start from.
+        model_options: of ``create_model``.
+        progress: show progress bars.
+        callbacks: transformers' callbacks to run along.
+
+    Raises:
+        ValueError: unknown names, an odd batch, more images a step than there are, no training part, an output
+            directory that holds another run.
+
+    Source: "DaViT: Dual Attention Vision Transformers", arXiv 2204.03645; "BiFormer", arXiv 2303.08810.
+    """
+    output = Path(output)
+    images = load_images(data, image_size=image_size) if isinstance(data, str) else data
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    train = images.train
+    if train is None:
+        raise ValueError(f"data {data!r} has no training part")
+    if batch_size < 2 or batch_size % 2 or batch_size * world > len(train):
+        raise ValueError(f"batch_size={batch_size} must be even, and {world} of them at most {len(train)} images")
+    recipe = recipe or recipe_for(model, small_images=images.image_size is not None)
+    epochs = recipe.epochs if epochs is None else epochs
+    if epochs < 1:
+        raise ValueError(f"epochs={epochs} must be at least 1")
+    use_cpu = _on_cpu(device)
+
+    set_seed(seed)
+    options = {"num_classes": images.classes, "drop_path_rate": recipe.drop_path, **(model_options or {})}
+    network = create_model(model, checkpoint=checkpoint, **options)
+    size = image_size or images.image_size or _model_size(network)
+    train.seed = seed
+    train.transform, images.test.transform = (
+        train_transform(network, size, recipe),
+        test_transform(network, size, recipe),
+    )
+
+    settings = {
+        "model": model, "data": data if isinstance(data, str) else "given", "epochs": epochs, "batch_size": batch_size,
+        "processes": world, "seed": seed, "dtype": dtype, "image_size": size, "recipe": dataclasses.asdict(recipe),
+        "lr": lr, "options": {name: _plain(value) for name, value in options.items()},
+    }  # fmt: skip
+    last = _last_checkpoint(output)
+    if last is not None and not resume:
+        raise ValueError(f"{output} holds checkpoints of another run; choose another directory, or resume")
+    if last is not None:
+        _check_same_run(output, settings)
+
+    share = batch_size * world / 1024
+    rate = lr if lr is not None else recipe.lr * share
+    steps = epochs * (len(train) // (batch_size * world))
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        learning_rate=rate,
+        lr_scheduler_type="cosine_warmup_with_min_lr",
+        lr_scheduler_kwargs={
+            "min_lr": min(recipe.min_lr * share, rate),
+            "warmup_lr_rate": min(recipe.warmup_lr / recipe.lr, 1.0),
+        },
+        warmup_steps=min(recipe.warmup_epochs * (steps // epochs), steps // 2),
+        max_grad_norm=recipe.clip_grad or math.inf,
+        bf16=dtype == "bfloat16",
+        fp16=dtype == "float16",
+        use_cpu=use_cpu,
+        ddp_backend="gloo" if use_cpu and world > 1 else None,
+        ddp_find_unused_parameters=False,
+        seed=seed,
+        data_seed=seed,
+        dataloader_drop_last=True,
+        dataloader_num_workers=workers,
+        dataloader_pin_memory=not use_cpu,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        logging_strategy="steps",
+        logging_steps=max(1, steps // (50 * epochs)),
+        logging_nan_inf_filter=False,
+        eval_strategy="epoch",
+        save_strategy="epoch" if save_steps is None else "steps",
+        save_steps=save_steps or 500,
+        save_total_limit=2,
+        disable_tqdm=not progress,
+        report_to="none",
+    )
+    mix = None
+    if recipe.mixup or recipe.cutmix:
+        mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=images.classes)
+    trainer = Trainer(
+        model=_Classifier(network, recipe.label_smoothing, mix),
+        args=arguments,
+        data_collator=_collate,
+        train_dataset=train,
+        eval_dataset=images.test,
+        compute_metrics=_accuracy,
+        optimizers=(create_optimizer_v2(network, "adamw", lr=rate, weight_decay=recipe.weight_decay), None),
+        callbacks=[_Record(settings, train), *callbacks],
+    )
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+
+    history = trainer.state.log_history
+    result = Training(
+        model=model,
+        output=str(output),
+        losses=[(int(entry["step"]), float(entry["loss"])) for entry in history if "loss" in entry],
+        accuracy=[float(entry["eval_accuracy"]) for entry in history if "eval_accuracy" in entry],
+        steps=int(trainer.state.global_step),
+        resumed_from=None if last is None else str(last),
+        settings=settings,
+    )
+    if trainer.is_world_process_zero():
+        save_checkpoint(network, output / WEIGHTS)
+        _write(output / HISTORY, result.to_dict())
+    return result
+
+
+def train_transform(model: nn.Module, size: int, recipe: Recipe) -> Callable:
+    """timm's random crop, flip, RandAugment and erasing, with the model's mean and deviation."""
+    config = getattr(model, "pretrained_cfg", {})
+    return create_transform(
+        (3, size, size),
+        is_training=True,
+        scale=(recipe.crop_scale, 1.0),
+        hflip=recipe.hflip,
+        color_jitter=recipe.color_jitter,
+        auto_augment=recipe.auto_augment or None,
+        interpolation="bicubic",
+        re_prob=recipe.random_erasing,
+        re_mode="pixel",
+        **_statistics(config),
+    )
+
+
+def test_transform(model: nn.Module, size: int, recipe: Recipe) -> Callable:
+    """timm's resizing and central crop, with the model's mean and deviation."""
+    config = getattr(model, "pretrained_cfg", {})
+    return create_transform((3, size, size), interpolation="bicubic", crop_pct=recipe.crop_pct, **_statistics(config))
+
+
+class _Classifier(nn.Module):
+    """A vision model that speaks the trainer's language; while it trains, it mixes images and targets."""
+
+    def __init__(self, network: nn.Module, label_smoothing: float, mix: Mixup | None) -> None:
+        super().__init__()
+        self.network, self.label_smoothing, self.mix = network, label_smoothing, mix
+
+    def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        targets, smoothing = labels, self.label_smoothing if self.training else 0.0
+        if self.training and self.mix is not None:
+            # On a copy, because timm mixes in place; its targets are smooth already.
+            pixel_values, targets = self.mix(pixel_values.clone(), labels)
+            smoothing = 0.0
+        logits = self.network(pixel_values)
+        return {"loss": F.cross_entropy(logits.float(), targets, label_smoothing=smoothing), "logits": logits}
+
+
+def _collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    pixels = torch.stack([row["pixel_values"] for row in rows])
+    return {"pixel_values": pixels, "labels": torch.tensor([row["labels"] for row in rows])}
+
+
+class _Record(TrainerCallback):
+    """Keep the settings beside the checkpoints, to tell another run from a resumption; tell the images the epoch."""
+
+    def __init__(self, settings: dict[str, Any], train: LabelledImages) -> None:
+        self.settings, self.train = settings, train
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # A resumed run counts in fractions of an epoch.
+        self.train.epoch = int((state.epoch or 0) + 1e-6)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            _write(Path(args.output_dir) / "settings.json", self.settings)
+
+
+def _accuracy(prediction: Any) -> dict[str, float]:
+    return {"accuracy": float((np.asarray(prediction.predictions).argmax(-1) == prediction.label_ids).mean())}
+
+
+def _last_checkpoint(output: Path) -> Path | None:
+    """The newest checkpoint that was written to its end: the trainer's state comes last."""
+    found = []
+    for path in output.glob("checkpoint-*"):
+        try:
+            found.append((int(json.loads((path / "trainer_state.json").read_text())["global_step"]), path))
+        except (OSError, ValueError, KeyError):
+            continue
+    return max(found)[1] if found else None
+
+
+def _check_same_run(output: Path, settings: dict[str, Any]) -> None:
+    try:
+        before = json.loads((output / "settings.json").read_text())
+    except (OSError, ValueError):
+        return
+    changed = [name for name, value in settings.items() if before.get(name) != json.loads(json.dumps(value))]
+    if changed:
+        told = ", ".join(f"{name}: {before.get(name)} then, {settings[name]} now" for name in changed)
+        raise ValueError(f"{output} holds a run with other settings ({told}); choose another output directory")
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text(json.dumps(content, indent=1))
+    os.replace(scratch, path)
+
+
+def _on_cpu(device: str) -> bool:
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device={device!r} must be auto, cpu or cuda; choose a GPU with CUDA_VISIBLE_DEVICES")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device='cuda': this machine has no CUDA device")
+    return device == "cpu" or not torch.cuda.is_available()
+
+
+def _model_size(model: nn.Module) -> int:
+    return int(getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[-1])
+
+
+def _statistics(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: config[name] for name in ("mean", "std") if name in config}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
