@@ -113,15 +113,19 @@ class BiLevelRoutingAttention(nn.Module):
             x = F.pad(x, (0, 0, 0, -width % self.regions, 0, -height % self.regions))
         query, key, value = self.qkv(x).split([self.qk_dim, self.qk_dim, self.dim], dim=-1)
         maps = [rearrange(t, "b x y (h d) -> b h x y d", h=self.heads) for t in (query, key, value)]
-        descriptors = None
-        if self.router is not None:
-            means = (region_means(tensor, regions).to(x.dtype) for tensor in maps[:2])
-            descriptors = tuple(self.router(mean) for mean in means)
+        descriptors = self.descriptors(maps[0], maps[1], regions)
         out = bilevel_routing_attention(*maps, regions=regions, topk=topk, descriptors=descriptors, **self.options)
         out = rearrange(cast(Tensor, out), "b h x y d -> b x y (h d)")
         if self.lepe is not None:
             out = out + _convolve(self.lepe, value)
         return self.wo(out[:, :height, :width])
+
+    def descriptors(self, query: Tensor, key: Tensor, regions: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
+        """What regions are compared by, (batch, regions, qk_dim) for query and key; None means the region means."""
+        if self.router is None:
+            return None
+        query_means, key_means = (region_means(tensor, regions).to(tensor.dtype) for tensor in (query, key))
+        return self.router(query_means), self.router(key_means)
 
     def _fit(self, height: int, width: int) -> tuple[tuple[int, int], int]:
         n = self.regions

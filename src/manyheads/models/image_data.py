@@ -24,8 +24,8 @@ Transform = Callable[[Any], torch.Tensor]
 class LabelledImages(Dataset):
     """What the trainer reads: ``{"pixel_values": tensor, "labels": int}`` for an index.
 
-    With a ``seed``, what a random transform does to an image depends on seed, ``epoch`` and index alone: not on how many
-    images were loaded before, ahead of time, by which process, or in the run that this one resumes.
+    With a ``seed``, what a random transform does to an image depends on seed, ``epoch`` and index alone: not on what
+    was loaded before or ahead of time, by which process, or in the run that this one resumes.
     """
 
     def __init__(self, length: int, read: Callable[[int], tuple[Image.Image, int]]) -> None:

@@ -44,6 +44,7 @@ class Training:
         steps: optimiser steps made.
         resumed_from: the checkpoint that this call went on from, or None.
         settings: everything needed to repeat the run.
+        is_main_process: False on the other processes under ``torchrun``, which write and print nothing.
     """
 
     model: str
@@ -53,6 +54,7 @@ class Training:
     steps: int
     resumed_from: str | None
     settings: dict[str, Any] = field(default_factory=dict)
+    is_main_process: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-serialisable copy."""
@@ -206,6 +208,7 @@ def train_vision(
         steps=int(trainer.state.global_step),
         resumed_from=None if last is None else str(last),
         settings=settings,
+        is_main_process=trainer.is_world_process_zero(),
     )
     if trainer.is_world_process_zero():
         save_checkpoint(network, output / WEIGHTS)

@@ -218,7 +218,8 @@ class BiFormer(nn.Module):
         stages = []
         for s, dim in enumerate(embed_dims):
             blocks = [
-                Block(dim, mixer(s, j), mlp_ratio=ratios[s], drop_path=next(rates), **shared) for j in range(depths[s])
+                Block(dim, mixer(s, j), mlp_ratio=float(ratios[s]), drop_path=next(rates), **shared)
+                for j in range(depths[s])
             ]
             stages.append(Stage(_downsample(stem, embed_dims[s - 1] if s else in_chans, dim, first=s == 0), blocks))
         self.stages = nn.Sequential(*stages)

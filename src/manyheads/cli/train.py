@@ -1,0 +1,88 @@
+"""``manyheads train``: train a vision model by its published recipe."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from manyheads.cli.output import Device, Dtype, Json, print_json, print_table
+
+ModelOption = Annotated[
+    list[str] | None,
+    typer.Option("--option", help="An option of the model, NAME=VALUE; commas make a list: --option depths=1,1."),
+]
+AttentionTypes = Annotated[
+    str | None, typer.Option(help="DaViT: which attentions take turns: spatial,channel or one of them.")
+]
+Attention = Annotated[
+    str | None, typer.Option(help="BiFormer: bra (bi-level routing), or window or axial to compare with.")
+]
+
+
+def train(
+    model: Annotated[str, typer.Argument(help="A registered vision model: davit_tiny, biformer_stl, ...")],
+    data: Annotated[str, typer.Option(help="digits, textiles, a directory, or a Hugging Face dataset.")] = "digits",
+    output: Annotated[str, typer.Option(help="Directory for checkpoints and weights; default: runs/MODEL.")] = "",
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the images; default: the recipe's.")] = None,
+    batch_size: Annotated[int, typer.Option(min=2, help="Images a step and process; even.")] = 64,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate; default: the recipe's, scaled.")] = None,
+    seed: Annotated[int, typer.Option(help="Of weights, order and augmentation.")] = 0,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in the output directory.")] = True,
+    save_steps: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints; default: an epoch.")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Side in pixels.")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that load images.")] = 0,
+    checkpoint: Annotated[str | None, typer.Option(help="Weights to start from: a file or hub id.")] = None,
+    attention_types: AttentionTypes = None,
+    attention: Attention = None,
+    option: ModelOption = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    json: Json = False,
+) -> None:
+    """Train a vision model; run it again to go on where it was stopped, or under torchrun on several processes."""
+    from manyheads.models.training import train_vision
+
+    result = train_vision(
+        model, data, output=output or f"runs/{model}", epochs=epochs, batch_size=batch_size, lr=lr, seed=seed,
+        resume=resume, device=device, dtype=dtype, image_size=image_size, save_steps=save_steps, workers=workers,
+        checkpoint=checkpoint, model_options=model_options(option, attention_types, attention), progress=not json,
+    )  # fmt: skip
+    if not result.is_main_process:
+        return
+    if json:
+        print_json(result.to_dict())
+        return
+    per_epoch = [[str(epoch), f"{100 * value:.1f}"] for epoch, value in enumerate(result.accuracy, 1)]
+    print_table(f"{model} on {data}", ["epoch", "top-1 %"], per_epoch[-10:], right=("epoch", "top-1 %"))
+    typer.echo(
+        f"{result.steps} steps, last loss {result.losses[-1][1]:.4f}; weights: {result.output}/model.safetensors"
+    )
+
+
+def model_options(option: list[str] | None, attention_types: str | None, attention: str | None) -> dict:
+    """The model's options from the command line, values read as Python literals where they are such.
+
+    >>> model_options(["depths=1,1", "stem=patch"], "spatial", None)
+    {'depths': (1, 1), 'stem': 'patch', 'attention_types': ('spatial',)}
+    """
+    options = {}
+    for text in option or []:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise ValueError(f"--option {text!r} must be NAME=VALUE")
+        options[name.replace("-", "_")] = _literal(value)
+    if attention_types is not None:
+        options["attention_types"] = tuple(part.strip() for part in attention_types.split(","))
+    if attention is not None:
+        options["attention"] = attention
+    return options
+
+
+def _literal(text: str) -> object:
+    import ast
+
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return tuple(part.strip() for part in text.split(",")) if "," in text else text
