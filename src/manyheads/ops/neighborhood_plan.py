@@ -115,13 +115,13 @@ def _segments(axis: Axis, size: int) -> list[_Segment]:
     return found
 
 
-def _cost(axes: tuple[Axis, ...], sizes: tuple[int, ...]) -> float:
+def _cost(axes: tuple[Axis, ...], sizes: tuple[int, ...]) -> int:
     tables = [_segments(axis, size) for axis, size in zip(axes, sizes)]
     tiles, keys = prod(len(table) for table in tables), prod(sum(one.keys for one in table) for table in tables)
     return keys * (prod(sizes) + KEY) + tiles * TILE
 
 
-def tile_sizes(axes: tuple[Axis, ...]) -> tuple[tuple[int, ...], float]:
+def tile_sizes(axes: tuple[Axis, ...]) -> tuple[tuple[int, ...], int]:
     """Sides of the query tile that make the least work, and that work in pairs."""
     choices = []
     for axis in axes:
