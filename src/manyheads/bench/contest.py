@@ -110,6 +110,8 @@ def contestants(shape: Shape) -> dict[str, tuple[str, Callable[..., Tensor]]]:
     The operating points are the papers' own, cut down where the input is smaller.
     """
     serving = {system.slug for system in catalog.systems(pattern=shape.pattern, state="works")}
+    if shape.length < 2:
+        serving -= {"neighborhood_attention"}  # a window is at least two tokens
     build = {
         "neighborhood_attention": _neighborhood,
         "lightning_attention": _lightning,

@@ -148,10 +148,15 @@ LANGUAGE_SYSTEMS = (
         arxiv="2405.17381",
         kind="operator",
         patterns=CAUSAL,
-        rooms=("ops",),
+        rooms=("ops", "layers"),
         why="Exact causal linear attention with a decay per head: time per token does not depend on the length.",
         state="works",
-        public=("manyheads.ops.lightning.lightning_attention",),
+        public=(
+            "manyheads.ops.lightning.lightning_attention",
+            "manyheads.ops.lightning.lightning_attention_step",
+            "manyheads.ops.lightning.lightning_slopes",
+            "manyheads.layers.lightning.TNLAttention",
+        ),
     ),
     System(
         slug="lightning_attention_2",
@@ -163,7 +168,10 @@ LANGUAGE_SYSTEMS = (
         rooms=("ops",),
         why="The tiled kernel of causal linear attention with decay: linear cost, state in and out.",
         state="works",
-        public=("manyheads.ops.lightning.lightning_attention",),
+        public=(
+            "manyheads.ops.lightning.lightning_attention",
+            "manyheads.ops.lightning.lightning_attention_step",
+        ),
     ),
     System(
         slug="moh",
@@ -217,7 +225,11 @@ LANGUAGE_SYSTEMS = (
         rooms=("interpret",),
         why="Finds the few heads that copy from the context, so that caches and pruning can spare exactly these.",
         state="works",
-        public=("manyheads.interpret.retrieval_heads.retrieval_heads",),
+        public=(
+            "manyheads.interpret.retrieval_heads.retrieval_heads",
+            "manyheads.interpret.retrieval_result.RetrievalHeads",
+            "manyheads.interpret.mask_heads.mask_heads",
+        ),
     ),
     System(
         slug="ring_self_attention",

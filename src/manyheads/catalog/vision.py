@@ -39,7 +39,12 @@ VISION_SYSTEMS = (
         rooms=("ops", "layers", "models"),
         why="Each region reads only its most similar regions, by dense products; good for small objects.",
         state="works",
-        public=("manyheads.ops.bilevel_routing.bilevel_routing_attention",),
+        public=(
+            "manyheads.ops.bilevel_routing.bilevel_routing_attention",
+            "manyheads.layers.biformer.BiLevelRoutingAttention",
+            "manyheads.models.vision.biformer.BiFormer",
+            "manyheads.models.vision.biformer.BiFormerDense",
+        ),
     ),
     System(
         slug="cca_net",
@@ -62,7 +67,14 @@ VISION_SYSTEMS = (
         rooms=("ops", "layers", "models"),
         why="Channels attend to channels: global context at linear cost in a drop-in hierarchical backbone.",
         state="works",
-        public=("manyheads.ops.channel.channel_attention",),
+        public=(
+            "manyheads.ops.channel.channel_attention",
+            "manyheads.ops.window.window_attention",
+            "manyheads.layers.davit.ChannelAttention",
+            "manyheads.layers.davit.WindowAttention",
+            "manyheads.models.vision.davit.DaViT",
+            "manyheads.models.vision.davit.DaViTDense",
+        ),
     ),
     System(
         slug="dcal",
@@ -216,7 +228,11 @@ VISION_SYSTEMS = (
         rooms=("ops", "layers", "models"),
         why="Every token attends its nearest box in 1, 2 or 3 dimensions: window, stride, dilation, causal per axis.",
         state="works",
-        public=("manyheads.ops.neighborhood.neighborhood_attention",),
+        public=(
+            "manyheads.ops.neighborhood.neighborhood_attention",
+            "manyheads.layers.neighborhood.NeighborhoodAttention",
+            "manyheads.models.vision.nat.NAT",
+        ),
     ),
     System(
         slug="ninformer",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -34,6 +35,8 @@ def compare(
 
     Dense attention runs beside them on the same inputs, forward and backward, in one process; medians count.
     """
+    # The profiler that measures peak memory would otherwise log to the terminal; torch reads this when it is imported.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from manyheads.bench.contest import Shape, run_contest
 
     shape = Shape(pattern=pattern, length=length, batch=batch, heads=heads, head_dim=head_dim)
@@ -45,7 +48,10 @@ def compare(
     for row in rows:
         forward = [human_seconds(row.forward), f"{row.forward_ratio:.2f}x"]
         training = [human_seconds(row.training), f"{row.training_ratio:.2f}x"]
-        cells.append([row.name, row.settings, *forward, *training, human_bytes(row.peak_bytes)])
-    columns = ["operator", "settings", "forward", "vs dense", "+backward", "vs dense ", "peak"]
-    size = f"{pattern}, {length} tokens, batch {batch}, {heads} heads of {head_dim}"
-    print_table(f"{size}, {dtype}; speed against dense SDPA", columns, cells, right=tuple(columns[2:]))
+        cells.append([row.name, *forward, *training, human_bytes(row.peak_bytes)])
+    columns = ["", "forward", "speed", "+ backward", "speed ", "peak"]
+    title = f"{pattern}, {length} tokens, batch {batch}, {heads} heads of {head_dim}, {dtype}"
+    print_table(title, columns, cells, right=tuple(columns[1:]))
+    typer.echo("speed: times as fast as dense SDPA; peak: most bytes held, forward and backward")
+    for row in rows:
+        typer.echo(f"  {row.name}: {row.settings}")

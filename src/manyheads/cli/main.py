@@ -15,7 +15,11 @@ import manyheads
 from manyheads.cli.catalog import list_systems, show
 from manyheads.cli.compare import compare
 from manyheads.cli.cost import cost
+from manyheads.cli.evaluate import evaluate
+from manyheads.cli.inspect import inspect
 from manyheads.cli.reproduce import reproduce
+from manyheads.cli.train import train
+from manyheads.cli.try_ import try_
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -45,8 +49,12 @@ def _options(
 
 app.command("list")(list_systems)
 app.command()(show)
+app.command("try")(try_)
+app.command()(inspect)
 app.command()(compare)
 app.command()(reproduce)
+app.command()(train)
+app.command()(evaluate)
 app.command()(cost)
 
 
