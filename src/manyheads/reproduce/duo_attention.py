@@ -175,7 +175,7 @@ CLAIMS = [
         rule=(
             f"SmolLM2, {STEPS} steps, S = {SINKS}, R = {RECENT}, half of the heads streaming, held-out text. "
             "Confirmed if the passkey loss is within 0.1 nat of full attention and lower than with heads chosen by "
-            "attention beyond the window, by three random draws (the best), or none; refuted if one of these is as good."
+            "attention beyond the window, by three random draws (the best), or none; refuted if one of them is as good."
         ),
         run=optimised_gates_keep_the_passkeys,
         full_scale=_FULL_SCALE + _FULL_SIZES,
