@@ -251,7 +251,7 @@ def test_compiles_without_graph_breaks(compiling, kind):
     torch.testing.assert_close(*results)
 
 
-def test_operator_is_registered_correctly():
+def test_operator_is_registered_correctly(compiling):
     query, key, value = (x.requires_grad_() for x in _inputs(2, 2, 20))
     from manyheads.engines.linear_chunked import chunked
 

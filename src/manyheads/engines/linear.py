@@ -217,7 +217,8 @@ def _each_sequence(
     if log_decay is not None and log_decay.ndim == 1:
         log_decay = log_decay[None, :, None].expand(query.shape[:3])
     wides = query.to(wide) * scale, key.to(wide), value.to(wide)
-    gates = None if log_decay is None else log_decay.to(wide).reshape(*log_decay.shape[:3], -1)
+    gates = None if log_decay is None else log_decay.to(wide)
+    gates = gates.unsqueeze(-1) if gates is not None and gates.ndim == 3 else gates
     if cu_seqlens is None:
         out, final = function(*wides, gates, state, causal)
         return out.to(query.dtype), final
