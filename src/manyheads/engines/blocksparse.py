@@ -196,11 +196,11 @@ def _tiles(query, key, value, plan, predicate, bias, scale) -> tuple[Tensor, Ten
     dense = bias if isinstance(bias, Tensor) else None
     if dense is not None:
         dense = dense[(None,) * (4 - dense.ndim)]
+    if torch.compiler.is_compiling():
+        return _traced(query, key, value, plan, predicate, dense, table, scale)
     (batch, heads, queries, _), (key_heads, keys) = query.shape, key.shape[1:3]
     wide = accumulation_dtype(query.dtype)
     problem = Problem(plan, batch, heads, key_heads, queries, keys, scale, wide, predicate, dense, table)
-    if torch.compiler.is_compiling():
-        return _traced(query, key, value, problem)
     return _Tiles.apply(query, key, value, dense, None if table is None else table.table, problem)
 
 
@@ -271,45 +271,39 @@ class _Tiles(torch.autograd.Function):
         return dq, dk, dv, more.get("bias"), more.get("table"), None
 
 
-def _traced(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+def _traced(query, key, value, plan, predicate, bias, table, scale) -> tuple[Tensor, Tensor]:
     """For torch.compile: callables are evaluated in the graph, the tiles run as one opaque operator."""
-    plan, (queries, keys) = problem.plan, (problem.queries, problem.keys)
+    queries, keys, device, wide = query.shape[2], key.shape[2], query.device, accumulation_dtype(query.dtype)
     block, size = plan.query_block, plan.key_block
     index = plan.index if plan.index.ndim == 4 else plan.index[None] if plan.index.ndim == 3 else plan.index[None, None]
-    rows = torch.arange(index.shape[-2] * block, device=index.device).view(1, 1, -1, block, 1).clamp(max=queries - 1)
-    columns = index[..., None] * size + torch.arange(size, device=index.device)
+    rows = torch.arange(index.shape[-2] * block, device=device).view(1, 1, -1, block, 1).clamp(max=queries - 1)
+    columns = index[..., None] * size + torch.arange(size, device=device)
     valid = ((index[..., None] >= 0) & (columns < keys)).flatten(-2)[..., None, :]
     columns = columns.clamp(min=0, max=keys - 1).flatten(-2)[..., None, :]
-    batch = torch.arange(problem.batch, device=index.device).view(-1, 1, 1, 1, 1)
-    head = torch.arange(problem.heads, device=index.device).view(1, -1, 1, 1, 1)
-    elements = None
+    batch = torch.arange(query.shape[0], device=device).view(-1, 1, 1, 1, 1)
+    head = torch.arange(query.shape[1], device=device).view(1, -1, 1, 1, 1)
     attends = valid if plan.padded or keys % size else None
     if plan.mask is not None and plan.mask_of is not None:
         attends = plan.mask[plan.mask_of] if attends is None else attends & plan.mask[plan.mask_of]
-    if problem.predicate is not None:
-        allowed = problem.predicate(batch, head, rows, columns)
+    if predicate is not None:
+        allowed = predicate(batch, head, rows, columns)
         attends = allowed if attends is None else attends & allowed
-    if problem.bias is not None:
-        bias = problem.bias
-        where = (
-            at if bias.shape[axis] > 1 else torch.zeros_like(at) for axis, at in enumerate((batch, head, rows, columns))
-        )
-        elements = bias[tuple(where)]
-    if problem.table is not None:
-        table = problem.table
+    elements = None
+    if bias is not None:
+        where = zip(bias.shape, (batch, head, rows, columns))
+        elements = bias[tuple(at if length > 1 else torch.zeros_like(at) for length, at in where)]
+    if table is not None:
         heads = head.clamp(max=table.table.shape[0] - 1)
-        if isinstance(table.index, Tensor):
-            elements = table.table[heads, table.index[plan.mask_of]]
-        else:
-            elements = table.table[heads, table.index(rows, columns)]
+        entries = table.index[plan.mask_of] if isinstance(table.index, Tensor) else table.index(rows, columns)
+        elements = table.table[heads, entries]
     if attends is not None:
-        elements = torch.zeros((), dtype=problem.wide, device=query.device) if elements is None else elements
-        elements = torch.where(attends, elements.to(problem.wide), -torch.inf)
+        elements = torch.zeros((), dtype=wide, device=device) if elements is None else elements
+        elements = torch.where(attends, elements.to(wide), -torch.inf)
     if elements is not None and elements.ndim < 5:
         elements = elements[(None,) * (5 - elements.ndim)]
     if ragged := -keys % size:
         key, value = pad(key, (0, 0, 0, ragged)), pad(value, (0, 0, 0, ragged))
-    return _operator(query, key, value, plan.index.clamp(min=0), elements, block, size, problem.scale)
+    return _operator(query, key, value, plan.index.clamp(min=0), elements, block, size, scale)
 
 
 def _opaque(query, key, index, elements, query_block, key_block, scale) -> Problem:
@@ -411,8 +405,12 @@ def _flex(query, key, value, plan, predicate, bias, scale) -> tuple[Tensor, Tens
     listed = torch.cat([listed, listed.new_zeros(*listed.shape[:-1], blocks - listed.shape[-1])], dim=-1)
     elements = plan.expand_mask(queries, keys) if plan.mask is not None else None
 
+    # Without torch.compile FlexAttention looks at the mask alone, so the mask repeats which blocks are read.
+    read = torch.zeros(*index.shape[:-1], blocks + 1, dtype=torch.bool, device=query.device)
+    read.scatter_(-1, torch.where(index < 0, blocks, index).long(), True)
+
     def attends(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        allowed = i >= 0
+        allowed = read[batch % read.shape[0], head % read.shape[1], i // plan.query_block, j // plan.key_block]
         if elements is not None:
             allowed = allowed & elements[i, j]
         return allowed if predicate is None else allowed & predicate(batch, head, i, j)
