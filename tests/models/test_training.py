@@ -1,0 +1,164 @@
+"""Training: a run that was cut off goes on with the same losses; two processes; evaluation of what was trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from manyheads.models.evaluation import count_flops, evaluate_vision
+from manyheads.models.image_data import ImageData, load_images
+from manyheads.models.recipes import recipe_for
+from manyheads.models.training import train_vision
+
+MODEL = {"depths": (1, 1), "embed_dims": (32, 64), "topks": (2, -2), "regions": 2}
+# Everything random at once: crops, RandAugment, erasing, mixup, cutmix, stochastic depth.
+RECIPE = dataclasses.replace(
+    recipe_for("biformer_tiny", small_images=True), warmup_epochs=0, random_erasing=0.25, mixup=0.8, cutmix=1.0
+)
+
+
+class _CutOff(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step == 4:
+            raise KeyboardInterrupt
+
+
+def _few_digits() -> ImageData:
+    data = load_images("digits", image_size=16)
+    data.train.length, data.test.length = 96, 32
+    return data
+
+
+def _train(output: Path, **options):
+    given = {"epochs": 2, "batch_size": 16, "seed": 3, "device": "cpu", "save_steps": 3, "progress": False}
+    drop = {**MODEL, "drop_path_rate": 0.2}
+    return train_vision(
+        "biformer_tiny", _few_digits(), output=output, recipe=RECIPE, model_options=drop, **{**given, **options}
+    )
+
+
+def test_a_run_that_was_cut_off_goes_on_with_the_same_losses(tmp_path: Path) -> None:
+    whole = _train(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        _train(tmp_path / "cut", callbacks=[_CutOff()])
+    # A checkpoint that was being written when the power went has no trainer state yet.
+    (tmp_path / "cut" / "checkpoint-99").mkdir()
+    resumed = _train(tmp_path / "cut")
+    assert resumed.resumed_from == str(tmp_path / "cut" / "checkpoint-3")
+    assert resumed.losses == whole.losses
+    assert len(whole.losses) == 12
+    assert resumed.accuracy == whole.accuracy
+    assert json.loads((tmp_path / "cut" / "training.json").read_text())["steps"] == 12
+    assert not list((tmp_path / "cut").glob(".*"))
+
+    found = evaluate_vision(
+        "biformer_tiny", _few_digits(), checkpoint=tmp_path / "cut" / "model.safetensors", model_options=MODEL,
+        image_size=16, progress=False,
+    )  # fmt: skip
+    assert found.images == 32
+    assert found.top1 == pytest.approx(resumed.accuracy[-1])
+    assert found.flops > 0
+
+    with pytest.raises(ValueError, match="batch_size: 16 then, 32 now"):
+        _train(tmp_path / "cut", batch_size=32)
+    with pytest.raises(ValueError, match="checkpoints of another run"):
+        _train(tmp_path / "cut", resume=False)
+
+
+def test_augmentation_depends_on_seed_epoch_and_index_alone() -> None:
+    data = _few_digits().train
+    data.transform = lambda image: torch.rand(3)
+    data.seed = 1
+    torch.manual_seed(0)
+    first = [data[i]["pixel_values"] for i in range(3)]
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    assert torch.equal(torch.rand(1), after)
+    assert torch.equal(data[2]["pixel_values"], first[2])
+    data.epoch = 1
+    assert not torch.equal(data[2]["pixel_values"], first[2])
+
+
+def test_operations_are_counted_inside_attention() -> None:
+    class Attention(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+    assert count_flops(Attention(), torch.zeros(1, 1, 16, 8)) == 2 * 2 * 16 * 16 * 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 15}, "must be even"),
+        ({"batch_size": 128}, "at most 96"),
+        ({"epochs": 0}, "epochs=0"),
+        ({"device": "tpu"}, "device='tpu'"),
+    ],
+)
+def test_bad_options_name_themselves(tmp_path: Path, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _train(tmp_path, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_data(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such directory"):
+        load_images(str(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match="none of the folders"):
+        load_images(str(tmp_path))
+
+
+SCRIPT = """
+import sys
+from manyheads.models.training import train_vision
+options = dict(depths=(1, 1), embed_dims=(32, 64), topks=(2, -2), regions=2)
+train_vision("biformer_tiny", "digits", output=sys.argv[1], epochs=2, batch_size=64, image_size=16, device="cpu",
+             save_steps=4, model_options=options, progress=False)
+"""
+
+
+def _launch(script: Path, output: Path, processes: int = 1) -> subprocess.Popen:
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *(several if processes > 1 else []), str(script), str(output)], env=environment
+    )
+
+
+@pytest.mark.slow
+def test_a_killed_process_leaves_a_run_that_can_go_on(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    assert _launch(script, tmp_path / "whole").wait() == 0
+    process = _launch(script, tmp_path / "killed")
+    while not (tmp_path / "killed" / "checkpoint-8" / "trainer_state.json").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert _launch(script, tmp_path / "killed").wait() == 0
+    records = [json.loads((tmp_path / name / "training.json").read_text()) for name in ("whole", "killed")]
+    assert records[1]["resumed_from"] is not None
+    assert records[0]["losses"] == records[1]["losses"]
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    assert _launch(script, tmp_path / "two", processes=2).wait() == 0
+    record = json.loads((tmp_path / "two" / "training.json").read_text())
+    assert record["settings"]["processes"] == 2
+    assert record["steps"] == 2 * (1442 // 128)
+    assert (tmp_path / "two" / "model.safetensors").exists()
