@@ -29,7 +29,7 @@ def documentation_split(test_share: int | float = 0.1) -> tuple[str, str]:
         ValueError: a share outside (0, 1).
 
     >>> train, test = documentation_split()
-    >>> len(train) > len(test) > 20_000
+    >>> len(train) > len(test) > 10_000
     True
     """
     if not 0 < test_share < 1:
