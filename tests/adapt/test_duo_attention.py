@@ -222,6 +222,8 @@ def test_wrong_caches_and_masks(llama) -> None:
             llama(tokens, attention_mask=padded.flip(1))
         with pytest.raises(ValueError, match="2-D attention_mask"):
             llama(tokens, attention_mask=torch.ones(2, 1, 8, 8, dtype=torch.bool))
+        with pytest.raises(ValueError, match="packed"):
+            llama(tokens, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]).expand(2, -1), use_cache=False)
         cache = llama(tokens, attention_mask=padded).past_key_values
         with pytest.raises(ValueError, match="whole sequence"):
             llama(tokens[:, :1], past_key_values=cache)

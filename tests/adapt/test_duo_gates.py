@@ -47,7 +47,8 @@ def test_gate_gradients_match_differences(model) -> None:
         full, mixed = two_way_hidden(double, TOKENS[:1], gates, sinks=1, recent=3)
         return (mixed - full).square().mean()
 
-    assert torch.autograd.gradcheck(loss, (gates,), eps=1e-5, atol=1e-5)
+    # Llama's norms compute in float32 whatever the weights, so steps must stand out from float32's rounding.
+    assert torch.autograd.gradcheck(loss, (gates,), eps=5e-3, atol=1e-3)
 
 
 def test_only_gates_learn_and_the_model_is_left_alone(model) -> None:
@@ -95,7 +96,7 @@ def test_a_resumed_run_equals_a_whole_one(model, tmp_path) -> None:
     stop_at = None
     resumed = optimise_gates(model, resume=state, **options)
     torch.testing.assert_close(resumed.gates, whole.gates)
-    assert resumed.losses == pytest.approx(whole.losses)
+    torch.testing.assert_close(torch.tensor(resumed.losses), torch.tensor(whole.losses))
     with pytest.raises(ValueError, match="other settings: lr"):
         optimise_gates(model, resume=state, **{**options, "lr": 0.1})
     state.write_bytes(b"nonsense")

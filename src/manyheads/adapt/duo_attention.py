@@ -16,7 +16,7 @@ Source: "DuoAttention: Efficient Long-Context LLM Inference with Retrieval and S
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import Module
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function
 
 from manyheads.adapt.duo_cache import DuoCache, DuoLayer, Parts, check_duo
 from manyheads.adapt.duo_pattern import binarize, load_pattern, strongest
@@ -151,8 +152,21 @@ class _State:
             raise ValueError("past_key_values was filled before DuoAttention was attached: start a new cache")
         return duo.cache()
 
-    def mask(self, batch_size: int, q_length: int, kv_length: int, *, attention_mask: Tensor | None = None, **_):
+    def mask(
+        self,
+        batch_size: int,
+        q_length: int,
+        kv_length: int,
+        *,
+        attention_mask: Tensor | None = None,
+        mask_function: Callable = causal_mask_function,
+        **_,
+    ) -> None:
         """In the place of Hugging Face's mask: note the left padding, mask nothing (``attend`` does)."""
+        if mask_function is not causal_mask_function:
+            raise ValueError(
+                "DuoAttention takes plain causal attention: no packed sequences, no special masks"
+            )
         if attention_mask is not None and not attention_mask.all():
             real = attention_mask[:, :kv_length].to(torch.bool)
             if (real[:, :-1] & ~real[:, 1:]).any():

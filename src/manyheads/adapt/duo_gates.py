@@ -164,7 +164,7 @@ def optimise_gates(
         distil, price = hidden_distillation(mixed, full, supervised), gate_regulariser(gates)
         (gates.grad,) = torch.autograd.grad(distil + reg_weight * price, [gates])
         optimiser.step()
-        losses.append((float(distil), float(price)))
+        losses.append((distil.item(), price.item()))
         if resume is not None and (len(losses) % 20 == 0 or len(losses) == steps):
             _save_state(resume, gates, optimiser, losses, options)
     return GateResult(gates.detach().clamp(0, 1).cpu(), losses, options)
