@@ -116,7 +116,7 @@ CLAIMS: tuple[Claim, ...] = (
         "lightning_attention",
         "exact",
         "The blocked form needs no cumulative sum and equals the recurrence and the quadratic form.",
-        "Confirmed if the relative error (norms) against the float64 recurrence is at most 1e-12 in float64 and 1e-5 in "
+        "Confirmed if the relative error (norms) against the float64 recurrence is at most 1e-12 in float64, 1e-5 in "
         "float32, output and final state; refuted otherwise.",
         _exact,
     ),
@@ -132,7 +132,7 @@ CLAIMS: tuple[Claim, ...] = (
         "lightning_attention",
         "matches_softmax",
         "A TNL language model is at least as good as a softmax Transformer of equal size.",
-        "Byte model on Python's documentation, 4 layers of width 128, 300 steps of 12 x 128 bytes: confirmed if the test "
+        "Byte model on Python's documentation, 4 layers of width 128, 300 steps of 12 x 128: confirmed if the test "
         "loss is not above the softmax model's; refuted otherwise.",
         _matches_softmax,
     ),

@@ -78,8 +78,8 @@ CLAIMS: tuple[Claim, ...] = (
         "lightning_attention_2",
         "exact_for_any_block",
         "The tiling is exact whatever the block size.",
-        "Blocks of 1, 16, 64, 100 and all tokens, float64, output and gradients: confirmed if the relative spread is below "
-        "1e-12; refuted otherwise.",
+        "Blocks of 1, 16, 64, 100 and all tokens, float64, output and gradients: confirmed if the spread is below "
+        "1e-12 (relative); refuted otherwise.",
         _any_block,
     ),
     Claim(
@@ -87,8 +87,8 @@ CLAIMS: tuple[Claim, ...] = (
         "unlimited_length",
         "Sequences of unlimited length run in constant memory.",
         "200k tokens in chunks of 512 with a carried state, slopes from 1/4 to 1/256: confirmed if what is held (state "
-        "storage and Python's memory) grows by at most 10% after the first tenth and the last chunk's output equals that of "
-        "a stream started 20k tokens before the end to 1e-5 (relative norm); refuted otherwise.",
+        "storage and Python's memory) grows by at most 10% after the first tenth and the last chunk's output equals "
+        "that of a stream started 20k tokens before the end to 1e-5 (relative norm); refuted otherwise.",
         _unlimited_length,
         _FULL,
     ),
@@ -104,8 +104,8 @@ CLAIMS: tuple[Claim, ...] = (
         "lightning_attention_2",
         "drop_in",
         "It trains like version 1.",
-        "Byte model trained with the quadratic or the tiled operator from the same seed: confirmed if the losses after 50 "
-        "steps agree to 1e-4; refuted otherwise.",
+        "Byte model trained with the quadratic or the tiled operator from the same seed: confirmed if the losses after "
+        "50 steps agree to 1e-4; refuted otherwise.",
         _drop_in,
     ),
 )

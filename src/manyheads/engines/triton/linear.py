@@ -18,6 +18,7 @@ Source: "Lightning Attention-2", arXiv 2401.04658; three phases: "Various Length
 
 from __future__ import annotations
 
+import os
 from typing import no_type_check
 
 import torch
@@ -255,7 +256,8 @@ def _decay_input(log_decay: Tensor | None, like: Tensor) -> tuple[Tensor, int]:
 
 
 def _dots(dtype: torch.dtype, hip: bool) -> dict:
-    if dtype == torch.bfloat16:
+    # Triton's interpreter multiplies the bit patterns of bfloat16: there, products are float32.
+    if dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") != "1":
         return dict(DOT=tl.bfloat16, PRECISION="tf32")
     exact = dtype == torch.float16
     return dict(DOT=tl.float32, PRECISION="ieee" if hip else "tf32" if exact else "tf32x3")
