@@ -302,7 +302,7 @@ class NAT(nn.Module):
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: int | list[int] | None = None,
+        indices: int | Sequence[int] | None = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
@@ -328,7 +328,7 @@ class NAT(nn.Module):
         return maps if intermediates_only else (self.norm(x), maps)
 
     def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop the levels after the last one wanted, and the parts that only the classifier needs."""
         wanted = stage_indices(len(self.levels), indices)
