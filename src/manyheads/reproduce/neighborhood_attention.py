@@ -9,6 +9,7 @@ from manyheads.layers.neighborhood import NeighborhoodAttention
 from manyheads.models.vision.nat import NAT
 from manyheads.reproduce.claims import Claim, Finding, Verdict
 from manyheads.reproduce.digits import accuracy_on_digits, compare
+from manyheads.reproduce.neighborhood_operator import OPERATOR_CLAIMS
 
 WINDOW = 3
 
@@ -82,4 +83,5 @@ CLAIMS = (
         "and NAT's do not, refuted when DiNAT's are not more than NAT's.",
         run=dilation_restores_reach,
     ),
+    *OPERATOR_CLAIMS,
 )
