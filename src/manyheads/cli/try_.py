@@ -110,8 +110,9 @@ def _print(trial) -> None:
     for start in range(0, len(columns), 5):
         part = slice(start, start + 5)
         body = [[row[0], *row[1:][part]] for row in grid]
-        title = "Needle recall in %, before > after, by depth and context length in tokens"
-        print_table(title, ["depth", *columns[part]], body, right=tuple(columns[part]))
+        # rich would fold a title to the width of the table.
+        typer.echo("Needle recall in %, before > after, by depth and context length in tokens:")
+        print_table("", ["depth", *columns[part]], body, right=tuple(columns[part]))
 
 
 def _percent(grid: list[list[float]]) -> str:
