@@ -48,8 +48,8 @@ def global_at_linear_cost(seed: int) -> Finding:
     quadratic = all(abs(ratio / 16 - 1) < 0.01 for ratio in steps["full"])
     holds = linear and quadratic and reach == {"channel": 28 * 28, "window": WINDOW**2}
     return Finding(
-        {"cost_ratio": max(steps["channel"]), "positions_reached": reach["channel"]},
-        {"cost_ratio": min(steps["full"]), "positions_reached": reach["window"]},
+        {"cost_ratio": max(steps["channel"]), "positions_reached": float(reach["channel"])},
+        {"cost_ratio": min(steps["full"]), "positions_reached": float(reach["window"])},
         Verdict.CONFIRMED if holds else Verdict.REFUTED,
         {"tokens": [side * side for side in SIDES], "operations": operations, "seconds": seconds},
     )

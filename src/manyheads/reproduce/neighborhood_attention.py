@@ -48,7 +48,7 @@ def dilation_restores_reach(seed: int) -> Finding:
         verdict = Verdict.CONFIRMED
     elif reach["DiNAT"] <= reach["NAT"]:
         verdict = Verdict.REFUTED
-    return Finding(reach["DiNAT"], reach["NAT"], verdict, {"pixels": size**2, "window": WINDOW})
+    return Finding(float(reach["DiNAT"]), float(reach["NAT"]), verdict, {"pixels": size**2, "window": WINDOW})
 
 
 def _tiny(stride: int = 1, full: int = 0) -> nn.Module:
