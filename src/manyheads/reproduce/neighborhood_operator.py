@@ -105,7 +105,7 @@ def _gather(query: Tensor, key: Tensor, value: Tensor, index: Tensor) -> Tensor:
     return (weights.transpose(-2, -1) @ values).squeeze(-2)
 
 
-def _interleaved(contestants: dict[str, Callable[[], Tensor]], rounds: int = 7) -> dict[str, float]:
+def _interleaved(contestants: dict[str, Callable[[], Tensor]], rounds: int = 5) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for call in contestants.values():
         call()
