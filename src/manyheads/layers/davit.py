@@ -135,6 +135,8 @@ class ConvPositionEncoding(nn.Module):
     torch.Size([1, 5, 4, 8])
     """
 
+    centre: Tensor
+
     def __init__(self, dim: int, *, activation: bool = False) -> None:
         super().__init__()
         self.proj = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)

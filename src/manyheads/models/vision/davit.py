@@ -12,6 +12,7 @@ Source: "DaViT: Dual Attention Vision Transformers", arXiv 2204.03645 (Florence-
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -190,8 +191,9 @@ class DaViT(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in the backward pass instead of keeping their activations."""
         self.grad_checkpointing = enable
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
+        for stage in self.modules():
+            if isinstance(stage, Stage):
+                stage.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Parameter groups from stem to head, for timm's layer-wise learning rate decay."""
@@ -326,7 +328,7 @@ _FLORENCE = [
 _NAMED_BLOCKS = [(r"\.spatial_block\.", ".0."), (r"\.channel_block\.", ".1.")]
 
 
-def _norm2d(dim: int, **factory: object) -> nn.Module:
+def _norm2d(dim: int, **factory: Any) -> nn.Module:
     return LayerNorm2d(dim, eps=1e-5, **factory)
 
 

@@ -274,8 +274,9 @@ class NAT(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in the backward pass instead of keeping their activations."""
-        for level in self.levels:
-            level.grad_checkpointing = enable
+        for level in self.modules():
+            if isinstance(level, Level):
+                level.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
         """The relative biases, which the recipe trains without weight decay."""
@@ -297,7 +298,7 @@ class NAT(nn.Module):
         check_choice("global_pool", global_pool or "avg", ("avg",))
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.head.to(self.norm.weight.device)
+        self.head.to(next(self.patch_embed.parameters()).device)
 
     def forward_intermediates(
         self,
