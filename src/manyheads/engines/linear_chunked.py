@@ -112,9 +112,9 @@ def _times(x: Tensor, factor: Tensor | None) -> Tensor:
     return x if factor is None else x * factor
 
 
-def _merge(x: Tensor | None, merged: bool) -> Tensor | None:
+def _merge(x: Tensor, merged: bool) -> Tensor:
     """(batch, heads, ...) to (1, batch * heads, ...) where few heads would leave the batched products too small."""
-    return x if x is None or not merged else x.reshape(1, x.shape[0] * x.shape[1], *x.shape[2:])
+    return x if not merged else x.reshape(1, x.shape[0] * x.shape[1], *x.shape[2:])
 
 
 def _groups(batch: int, heads: int) -> Iterator[tuple[int, slice]]:

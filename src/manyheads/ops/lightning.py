@@ -167,11 +167,11 @@ def lightning_slopes(
         raise ValueError(f"heads must be at least 1, got {heads}")
     if (layer is None) != (layers is None):
         raise ValueError(f"layer and layers go together, got layer={layer}, layers={layers}")
-    if layer is not None and not 0 <= layer < layers:
+    if layer is not None and layers is not None and not 0 <= layer < layers:
         raise ValueError(f"layer={layer} is outside 0 .. {layers - 1} (layers={layers})")
     slopes = [8 * h / heads for h in range(heads)] if rule == "linear" else _geometric(heads, rule == "geometric")
     factor = 1.0
-    if layer is not None:
+    if layer is not None and layers is not None:
         if rule == "linear":
             factor = 1 - layer / layers
         elif rule == "minimax":
