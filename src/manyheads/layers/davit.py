@@ -157,7 +157,7 @@ class ConvPositionEncoding(nn.Module):
 
 
 def _autocast(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type)
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def _check_heads(dim: int, heads: int) -> None:
