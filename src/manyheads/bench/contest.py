@@ -84,10 +84,12 @@ def run_contest(
     generator = torch.Generator().manual_seed(0)
     size = (shape.batch, shape.heads, shape.length, shape.head_dim)
     inputs = [torch.randn(size, generator=generator).to(device, dtype) for _ in range(3)]
-    functions = {name: function for name, (_, function) in chosen.items()}
+    functions: dict[str, Callable[..., object]] = {name: function for name, (_, function) in chosen.items()}
     with torch.no_grad():
         forward = measure(functions, inputs, repeats=repeats, budget=budget / 2, memory=False)
-    trained = {name: with_backward(function) for name, function in functions.items()}
+    trained: dict[str, Callable[..., object]] = {
+        name: with_backward(function) for name, (_, function) in chosen.items()
+    }
     training = measure(trained, inputs, repeats=repeats, budget=budget / 2)
     rows = [
         Row(
@@ -129,10 +131,18 @@ def _neighborhood(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
     rows, columns = shape.grid
     if shape.causal or rows < 7:
         window = min(128 if shape.causal else 49, shape.length)
-        return f"window {window}", lambda q, k, v: neighborhood_attention(q, k, v, window=window, causal=shape.causal)
+
+        def on_line(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out = neighborhood_attention(q, k, v, window=window, causal=shape.causal)
+            assert isinstance(out, Tensor)
+            return out
+
+        return f"window {window}", on_line
 
     def on_map(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return neighborhood_attention(*(x.unflatten(2, (rows, columns)) for x in (q, k, v)), window=7).flatten(2, 3)
+        out = neighborhood_attention(*(x.unflatten(2, (rows, columns)) for x in (q, k, v)), window=7)
+        assert isinstance(out, Tensor)
+        return out.flatten(2, 3)
 
     return f"7 x 7 on {rows} x {columns}", on_map
 
@@ -141,7 +151,9 @@ def _lightning(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
     from manyheads.ops.lightning import lightning_attention, lightning_slopes
 
     def scan(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return lightning_attention(q, k, v, slopes=lightning_slopes(shape.heads).to(q.device))
+        out = lightning_attention(q, k, v, slopes=lightning_slopes(shape.heads).to(q.device))
+        assert isinstance(out, Tensor)
+        return out
 
     return "decay per head", scan
 

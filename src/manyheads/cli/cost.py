@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -42,7 +42,9 @@ def cost(
     system = "dense" if slug == "dense" else catalog.get(slug).slug
     if system not in FORMULAS:
         raise ValueError(f"{system} has no cost formulas; these have: {', '.join(FORMULAS)}")
-    sizes = dict(batch=batch, heads=heads, kv_heads=kv_heads, head_dim=head_dim, element_bytes=element_bytes)
+    sizes: dict[str, Any] = dict(
+        batch=batch, heads=heads, kv_heads=kv_heads, head_dim=head_dim, element_bytes=element_bytes
+    )
     ours = formula(system, length, **sizes, **_settings(setting or []))
     dense = formula("dense", length, **sizes, causal=ours.causal)
     if json:
@@ -59,8 +61,8 @@ def cost(
     typer.echo(textwrap.fill(ours.formula, 79))
 
 
-def _settings(pairs: list[str]) -> dict[str, int | float]:
-    settings = {}
+def _settings(pairs: list[str]) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
     for pair in pairs:
         name, _, value = pair.partition("=")
         try:

@@ -63,7 +63,7 @@ def cost(
             choices = f"it has {', '.join(allowed)}" if allowed else "it has none"
             raise ValueError(f"{system} has no setting {name!r}{_nearest(name, allowed)}; {choices}")
     kv_heads = heads if kv_heads is None else kv_heads
-    sizes = dict(length=length, batch=batch, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    sizes: dict[str, int] = dict(length=length, batch=batch, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
     for name, size in (sizes | {"element_bytes": element_bytes} | settings).items():
         if size < (0 if name in ("causal", "retrieval", "sinks") else 1):
             raise ValueError(f"{name} must be at least 1, got {size}")
