@@ -18,6 +18,7 @@ import itertools
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,8 +31,7 @@ TILE, KEY = 1000, 24  # what starting a tile and gathering a key cost, counted i
 ROWS = 16, 128  # tokens in a tile
 
 
-@dataclass(frozen=True)
-class Axis:
+class Axis(NamedTuple):
     """One axis: its length and the options of the window along it."""
 
     length: int
