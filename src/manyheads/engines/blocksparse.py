@@ -417,16 +417,8 @@ def _flex(query, key, value, plan, predicate, bias, scale) -> tuple[Tensor, Tens
 
     change = None
     if isinstance(bias, TableBias):
-        table, entry = bias.table, bias.index
-        if isinstance(entry, Tensor):
-            dense = _dense_table(bias, plan, query, keys)[None]
-            change = _add(dense)
-        else:
-            index_of = entry
-
-            def change(score: Tensor, batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-                return score + table[head % table.shape[0], index_of(i, j)]
-
+        by_class = isinstance(bias.index, Tensor)
+        change = _add(_dense_table(bias, plan, query, keys)[None]) if by_class else _add_table(bias)
     elif bias is not None:
         change = _add(bias[(None,) * (4 - bias.ndim)])
     mask = BlockMask.from_kv_blocks(
@@ -440,7 +432,18 @@ def _flex(query, key, value, plan, predicate, bias, scale) -> tuple[Tensor, Tens
     out, aux = (torch.compile(flex_attention) if query.is_cuda else flex_attention)(
         query, key, value, change, mask, scale, grouped, return_aux=AuxRequest(lse=True)
     )
+    assert aux.lse is not None
     return out, aux.lse
+
+
+def _add_table(bias: TableBias):
+    table, entry = bias.table, bias.index
+    assert not isinstance(entry, Tensor)
+
+    def change(score: Tensor, batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score + table[head % table.shape[0], entry(i, j)]
+
+    return change
 
 
 def _add(bias: Tensor):

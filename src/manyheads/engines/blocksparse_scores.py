@@ -159,12 +159,14 @@ class Problem:
         return (lanes % self.key_heads * copies)[:, None] + torch.arange(copies, device=device)
 
     def _class_table(self, chunk: Chunk, table: TableBias) -> Tensor:
+        assert isinstance(table.index, Tensor)
         entries = table.index[chunk.group.mask_class, :, : chunk.group.keys]
         heads = self._lane_heads(chunk, entries.device).clamp(max=table.table.shape[0] - 1)
         values = table.table.to(self.wide)[:, entries.flatten()].unflatten(1, entries.shape)
         return values[heads].flatten(1, 2)[:, None]
 
     def _collect_class_table(self, grad: Tensor, chunk: Chunk, scores: Tensor, table: TableBias) -> None:
+        assert isinstance(table.index, Tensor)
         entries = table.index[chunk.group.mask_class, :, : chunk.group.keys].flatten()
         heads = self._lane_heads(chunk, entries.device).clamp(max=grad.shape[0] - 1).flatten()
         sums = scores.sum(1).reshape(len(heads), -1)

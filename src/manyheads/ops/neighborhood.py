@@ -144,7 +144,9 @@ def neighborhood_decode(
     complete = Axis(need + position + dilation * stride, window, stride, dilation, True)
     first, stop = complete.window_of(place, complete.group_length(group))
     seen = (torch.arange(first, stop, device=key.device) * dilation + group) % slots
-    return attention(query, key.index_select(2, seen), value.index_select(2, seen), scale=scale)
+    out = attention(query, key.index_select(2, seen), value.index_select(2, seen), scale=scale)
+    assert isinstance(out, Tensor)
+    return out
 
 
 def _reference(query, key, value, axes, table, scale, dropout) -> tuple[Tensor, Tensor]:

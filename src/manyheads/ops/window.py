@@ -64,7 +64,8 @@ def window_attention(
     if mask is not None:
         keys = window_partition(mask[:, None, ..., None], window)[..., 0][:, :, None]
     attend = _reference if backend == "reference" else _sdpa
-    out = attend(*(window_partition(tensor, window) for tensor in (query, key, value)), keys, scale)
+    query, key, value = (window_partition(tensor, window) for tensor in (query, key, value))
+    out = attend(query, key, value, keys, scale)
     return window_merge(out, window, grid)
 
 
