@@ -145,12 +145,12 @@ def chunked(query, key, value, log_decay, state, cu_seqlens, scale, chunk, causa
     batch, heads, tokens, head_dim = query.shape
     width, wide = value.shape[-1], accumulation_dtype(query.dtype)
     bounds = sequence_bounds(cu_seqlens, tokens)
-    out = torch.empty(batch, heads, tokens, width, dtype=query.dtype)
-    final = torch.zeros(batch * len(bounds), heads, head_dim, width, dtype=wide)
+    out = torch.empty(batch, heads, tokens, width, dtype=query.dtype, device=query.device)
+    final = torch.zeros(batch * len(bounds), heads, head_dim, width, dtype=wide, device=query.device)
     if state is not None:
         final.copy_(state)
     slots = (chunk_slots(tokens, chunk, cu_seqlens) if causal else len(bounds)) if keep else 0
-    states = torch.empty(slots, batch, heads, head_dim, width, dtype=wide)
+    states = torch.empty(slots, batch, heads, head_dim, width, dtype=wide, device=query.device)
 
     merged = _few(query)
     q, k, v, o = (_merge(x, merged) for x in (query, key, value, out))
@@ -206,10 +206,10 @@ def chunked_backward(
     batch, heads, tokens, head_dim = query.shape
     width, wide = value.shape[-1], accumulation_dtype(query.dtype)
     bounds = sequence_bounds(cu_seqlens, tokens)
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value))
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
     per_token = log_decay is not None and log_decay.ndim > 1
-    dg = torch.empty(log_decay.shape if per_token else (0,), dtype=wide)
-    initial = torch.zeros(batch * len(bounds), heads, head_dim, width, dtype=wide)
+    dg = torch.empty(log_decay.shape if per_token else (0,), dtype=wide, device=query.device)
+    initial = torch.zeros(batch * len(bounds), heads, head_dim, width, dtype=wide, device=query.device)
     if grad_state is not None:
         initial.copy_(grad_state)
 
