@@ -7,13 +7,13 @@ import json
 from pathlib import Path
 
 import torch
-from manyheads.data.files import write_atomically
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.cases import CASES, OURS, SDPA, Case
 from manyheads.bench.speed import measure, with_backward
+from manyheads.data.files import write_atomically
 
 
 def run_case(case: Case, device: str, dtype: torch.dtype, repeats: int, longest: int) -> list[dict]:

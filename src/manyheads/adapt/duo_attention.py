@@ -164,9 +164,7 @@ class _State:
     ) -> None:
         """In the place of Hugging Face's mask: note the left padding, mask nothing (``attend`` does)."""
         if mask_function is not causal_mask_function:
-            raise ValueError(
-                "DuoAttention takes plain causal attention: no packed sequences, no special masks"
-            )
+            raise ValueError("DuoAttention takes plain causal attention: no packed sequences, no special masks")
         if attention_mask is not None and not attention_mask.all():
             real = attention_mask[:, :kv_length].to(torch.bool)
             if (real[:, :-1] & ~real[:, 1:]).any():
