@@ -92,6 +92,6 @@ def peak_bytes(function: Callable[..., object], inputs: Sequence[Tensor] = ()) -
     events = [] if results is None else [event for event in results.events() if event.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
+        held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
         peak = max(peak, held)
     return peak

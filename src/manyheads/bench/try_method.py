@@ -81,7 +81,7 @@ def try_method(
 
     source, scores, retrieval = _strengths(model, tokenizer, heads, sparsity, seed, progress)
     duo = DuoAttention(retrieval, sinks=sinks, recent=recent)
-    sized = dict(lengths=lengths, depths=depths, chunk=chunk)
+    sized: dict[str, Any] = dict(lengths=lengths, depths=depths, chunk=chunk)
     with _bar("measuring before", pieces(lengths, depths), progress) as advance:
         before = measure(model, tokenizer, advance=advance, **sized)
     with _bar("measuring after", pieces(lengths, depths), progress) as advance, duo(model):

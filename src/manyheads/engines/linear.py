@@ -15,6 +15,7 @@ Sources: "Transformers are RNNs", arXiv 2006.16236; "Various Lengths, Constant S
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -162,7 +163,9 @@ def linear_attention_step(
     >>> state.shape
     torch.Size([1, 2, 16, 16])
     """
-    options = dict(log_decay=log_decay, feature_map=feature_map, normalize=normalize, eps=eps, scale=scale)
+    options: dict[str, Any] = dict(
+        log_decay=log_decay, feature_map=feature_map, normalize=normalize, eps=eps, scale=scale
+    )
     return linear_attention(  # pyright: ignore[reportReturnType]
         query, key, value, initial_state=state, return_state=True, backend="recurrent", **options
     )

@@ -77,7 +77,7 @@ class _Decay:
         if log_decay is None:
             self.fixed = _Factors(torch.ones(1, chunk, chunk, dtype=like.dtype).tril(), None, None, None)
         elif log_decay.ndim == 1:
-            self.fixed = self._factors(self.log_decay[:, None].expand(-1, chunk))
+            self.fixed = self._factors(log_decay.to(torch.float64).clamp(min=CLOSED)[:, None].expand(-1, chunk))
 
     def _factors(self, log_decay: Tensor) -> _Factors:
         total = log_decay.cumsum(dim=1)
@@ -91,13 +91,14 @@ class _Decay:
 
     def of(self, start: int, end: int) -> _Factors:
         if self.fixed is None:
+            assert self.log_decay is not None
             return self._factors(self.log_decay[:, start:end])
         m = end - start
         inside, query, key, _ = self.fixed
         if m == inside.shape[1]:
             return self.fixed
         # A shorter last chunk: the last m key factors are those of m tokens, the m-th query factor spans it.
-        if query is None:
+        if query is None or key is None:
             return _Factors(inside[:, :m, :m], None, None, None)
         return _Factors(inside[:, :m, :m], query[:, :m], key[:, -m:], query[:, m - 1 :][:, :1])
 
@@ -150,7 +151,9 @@ def chunked(query, key, value, log_decay, state, cu_seqlens, scale, chunk, causa
     if state is not None:
         final.copy_(state)
     slots = (chunk_slots(tokens, chunk, cu_seqlens) if causal else len(bounds)) if keep else 0
-    states = torch.empty(slots, batch, heads, head_dim, width, dtype=wide, device=query.device)
+    # Packed sequences may leave slots over: they are zeros, so that equal calls give equal states.
+    allocate = torch.empty if cu_seqlens is None else torch.zeros
+    states = allocate(slots, batch, heads, head_dim, width, dtype=wide, device=query.device)
 
     merged = _few(query)
     q, k, v, o = (_merge(x, merged) for x in (query, key, value, out))
@@ -208,7 +211,7 @@ def chunked_backward(
     bounds = sequence_bounds(cu_seqlens, tokens)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
     per_token = log_decay is not None and log_decay.ndim > 1
-    dg = torch.empty(log_decay.shape if per_token else (0,), dtype=wide, device=query.device)
+    dg = torch.empty(log_decay.shape if log_decay is not None and per_token else (0,), dtype=wide, device=query.device)
     initial = torch.zeros(batch * len(bounds), heads, head_dim, width, dtype=wide, device=query.device)
     if grad_state is not None:
         initial.copy_(grad_state)

@@ -123,8 +123,8 @@ def unwrap(content: Any) -> Any:
 def rename(state: State, rules: Iterable[tuple[str, str]]) -> State:
     """The state with every rule, a (regular expression, replacement) pair, applied to every key in order.
 
-    >>> rename({"layers.0.fc": 1}, [(r"^layers\\.(\\d+)", r"stages.\\1")])
-    {'stages.0.fc': 1}
+    >>> list(rename({"layers.0.fc": torch.ones(1)}, [(r"^layers\\.(\\d+)", r"stages.\\1")]))
+    ['stages.0.fc']
     """
     compiled = [(re.compile(pattern), replacement) for pattern, replacement in rules]
     renamed: State = {}

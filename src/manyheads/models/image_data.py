@@ -158,7 +158,7 @@ def _hugging_face(source: str, *, saved: bool) -> ImageData:
     }
     if splits["e"] is None:
         raise ValueError(f"dataset {source!r} has the splits {list(loaded)}; none is called {', '.join(_TEST)}")
-    features = loaded[splits["e"]].features
+    features = loaded[splits["e"]].features  # pyright: ignore[reportAttributeAccessIssue]
     image = next((name for name, kind in features.items() if isinstance(kind, datasets.Image)), None)
     label = next((name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)), None)
     if image is None or label is None:

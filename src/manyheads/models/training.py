@@ -219,7 +219,7 @@ def train_vision(
 def train_transform(model: nn.Module, size: int, recipe: Recipe) -> Callable:
     """timm's random crop, flip, RandAugment and erasing, with the model's mean and deviation."""
     config = getattr(model, "pretrained_cfg", {})
-    return create_transform(
+    return create_transform(  # pyright: ignore[reportReturnType]
         (3, size, size),
         is_training=True,
         scale=(recipe.crop_scale, 1.0),
@@ -236,7 +236,9 @@ def train_transform(model: nn.Module, size: int, recipe: Recipe) -> Callable:
 def test_transform(model: nn.Module, size: int, recipe: Recipe) -> Callable:
     """timm's resizing and central crop, with the model's mean and deviation."""
     config = getattr(model, "pretrained_cfg", {})
-    return create_transform((3, size, size), interpolation="bicubic", crop_pct=recipe.crop_pct, **_statistics(config))
+    return create_transform(  # pyright: ignore[reportReturnType]
+        (3, size, size), interpolation="bicubic", crop_pct=recipe.crop_pct, **_statistics(config)
+    )
 
 
 class _Classifier(nn.Module):

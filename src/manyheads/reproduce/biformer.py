@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from statistics import mean
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -164,8 +165,8 @@ def _mosaics(images: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor
 
 def _twin_rate(model: BiFormer, mosaics: Tensor, places: Tensor, regions: int) -> float:
     """How often a region on one twin is routed to the region at the same place of the other twin."""
-    stage = model.stages[0]
-    block = stage.blocks[0]  # pyright: ignore[reportIndexIssue]
+    stage: Any = model.stages[0]
+    block: Any = stage.get_submodule("blocks").get_submodule("0")
     x = block.norm1(block.pos_embed(stage.downsample(mosaics).permute(0, 2, 3, 1)))
     query, key, _ = (
         part.unflatten(-1, (block.attn.heads, -1)).movedim(3, 1) for part in block.attn.qkv(x).chunk(3, -1)

@@ -25,7 +25,7 @@ from manyheads.reproduce.claims import Claim, Finding, Verdict
 # Sized for two minutes on two cores. The paper's lr of 0.02 needs 60 steps or more to close a gate, as Adam moves a
 # gate by about lr a step; 36 steps of 0.05 reach as far.
 SINKS, RECENT, STEPS, LR = 8, 32, 36, 0.05
-PASSKEYS = {"passkeys": 2, "words": 6}
+PASSKEYS: dict[str, Any] = {"passkeys": 2, "words": 6}
 LENGTHS = (120, 300)
 TESTS = (150, 280)
 

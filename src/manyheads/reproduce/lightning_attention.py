@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -52,7 +53,8 @@ def _both_ways(backend: str) -> Callable[[Tensor], object]:
         x = x.detach().requires_grad_()
         # Autograd may hand the backward to another thread, whose time thread_time would miss.
         with torch.autograd.set_multithreading_enabled(False):
-            lightning_attention(x, x, x, slopes=lightning_slopes(4), backend=backend).sum().backward()
+            out = cast(Tensor, lightning_attention(x, x, x, slopes=lightning_slopes(4), backend=backend))
+            out.sum().backward()
 
     return run
 

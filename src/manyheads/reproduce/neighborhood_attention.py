@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -56,12 +58,12 @@ def _tiny(stride: int = 1, full: int = 0) -> nn.Module:
     # Bias tables exist for sliding windows only, so that a fair comparison goes without them.
     for side, level in zip((8, 4), model.levels):
         for block in level.get_submodule("blocks").children():
-            old = block.get_submodule("attn")
+            old: Any = block.get_submodule("attn")
             window = side if full else WINDOW
             new = NeighborhoodAttention(old.proj.in_features, old.num_heads, kernel_size=window, stride=stride)
             new.load_state_dict({name: value for name, value in old.state_dict().items() if name != "rpb"})
             block.attn = new
-            block.pad_to = 0
+            setattr(block, "pad_to", 0)
     return model
 
 

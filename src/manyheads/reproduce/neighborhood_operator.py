@@ -147,7 +147,7 @@ OPERATOR_CLAIMS = (
         "56 x 56 tokens, windows 7 and 13: confirmed if the faster of both takes at least twice the time of the tiles "
         "at both windows, refuted if less than once at either.",
         tiles_beat_unfused,
-        "make bench",
+        "manyheads compare --pattern noncausal-self --length 16384",
     ),
     Claim(
         SLUG,

@@ -267,6 +267,11 @@ def _blocks(head_dim: int, width: int) -> tuple[int, int]:
     return max(16, triton.next_power_of_2(head_dim)), 16 if width <= 16 else 32 if width <= 32 else 64
 
 
+def _output_tile(dtype: torch.dtype, block_e: int) -> dict:
+    # float32 products are three tf32 products each: narrower tiles over more warps keep them in registers.
+    return dict(BLOCK_E=min(block_e, 16), num_warps=8) if dtype == torch.float32 else dict(BLOCK_E=block_e, num_warps=4)
+
+
 def _states(x, y, decay, mode, table, final, scale, chunk, reverse) -> Tensor:
     """Phases 1 and 2; ``final`` is changed in place."""
     starts, lengths, borders = table
@@ -306,9 +311,10 @@ def chunked_triton(query, key, value, log_decay, state, cu_seqlens, scale, chunk
     out = torch.empty(batch, heads, tokens, width, dtype=query.dtype, device=query.device)
     if out.numel() > 0 and states.numel() > 0:
         block_d, block_e = _blocks(head_dim, width)
-        output_kernel[(len(table[0]), batch * heads, triton.cdiv(width, block_e))](
+        tile = _output_tile(query.dtype, block_e)
+        output_kernel[(len(table[0]), batch * heads, triton.cdiv(width, tile["BLOCK_E"]))](
             query, key, value, decay, *table[:2], states, out, scale, batch * heads, tokens, head_dim, width,
-            DECAY=mode, CHUNK=chunk, BLOCK_D=min(block_d, 64), BLOCK_E=block_e,
+            DECAY=mode, CHUNK=chunk, BLOCK_D=min(block_d, 64), **tile,
             **_dots(query.dtype, torch.version.hip is not None),
         )  # fmt: skip
     return out, final, states if keep else states.new_empty(0, *states.shape[1:])
@@ -342,14 +348,15 @@ def chunked_triton_backward(
         initial.copy_(grad_state)
     gradients = _states(query, grad_out, decay, mode, table, initial, scale, chunk, True)
     dq, dk, dv = (torch.empty_like(x) for x in (query, key, value))
-    dg = torch.empty(log_decay.shape if mode == PER_TOKEN else (0,), dtype=torch.float32, device=query.device)
+    gates = log_decay.shape if log_decay is not None and mode == PER_TOKEN else (0,)
+    dg = torch.empty(gates, dtype=torch.float32, device=query.device)
     if gradients.numel() > 0:
         block_d, block_e = _blocks(head_dim, width)
         gradient_kernel[(len(table[0]), rows)](
             query, key, value, grad_out, decay, *table[:2], states, gradients, dq, dk, dv, dg,
             scale, rows, tokens, head_dim, width,
             DECAY=mode, CHUNK=chunk, BLOCK_D=block_d, BLOCK_E=min(block_e, 32),
-            **_dots(query.dtype, torch.version.hip is not None), num_warps=8 if block_d >= 128 else 4,
+            **_dots(query.dtype, torch.version.hip is not None), num_warps=8,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
     return dq, dk, dv, dg, initial
 
@@ -357,10 +364,10 @@ def chunked_triton_backward(
 @chunked_triton_backward.register_fake
 def _(query, key, value, log_decay, states, cu_seqlens, grad_out, grad_state, scale, chunk):
     sequences = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    per_token = log_decay is not None and log_decay.ndim > 1
+    gates = log_decay.shape if log_decay is not None and log_decay.ndim > 1 else (0,)
     return (
         *(x.new_empty(x.shape) for x in (query, key, value)),
-        query.new_empty(log_decay.shape if per_token else (0,), dtype=torch.float32),
+        query.new_empty(gates, dtype=torch.float32),
         query.new_empty(query.shape[0] * sequences, *states.shape[2:], dtype=torch.float32),
     )
 
@@ -390,10 +397,12 @@ def _cases() -> list[dict]:
     table = dict(starts_ptr="*i32", lengths_ptr="*i32")
     states = dict(states_ptr="*fp32", scale="fp32")
     sizes = dict(rows="i32", tokens="i32", head_dim="i32", width="i32")
+    divisible = tuple(sizes)
     cases = []
     for element, dots in (("bf16", _dots(torch.bfloat16, False)), ("fp32", _dots(torch.float32, False))):
         for mode, decay in ((NO_DECAY, f"*{element}"), (PER_HEAD, "*fp32"), (PER_TOKEN, "*fp64")):
             x = f"*{element}"
+            tile = _output_tile(torch.float32 if element == "fp32" else torch.bfloat16, 64)
             common = dict(DECAY=mode, CHUNK=64, BLOCK_D=64, BLOCK_E=64, **dots)
             cases += [
                 dict(
@@ -407,7 +416,8 @@ def _cases() -> list[dict]:
                         q_ptr=x, k_ptr=x, v_ptr=x, decay_ptr=decay, **table, states_ptr="*fp32", out_ptr=x,
                         scale="fp32", **sizes,
                     ),
-                    constexprs=common,
+                    constexprs=dict(common, BLOCK_E=tile["BLOCK_E"]),
+                    num_warps=tile["num_warps"],
                 ),
                 dict(
                     fn=gradient_kernel,
@@ -416,6 +426,7 @@ def _cases() -> list[dict]:
                         dstates_ptr="*fp32", dq_ptr=x, dk_ptr=x, dv_ptr=x, dg_ptr="*fp32", scale="fp32", **sizes,
                     ),
                     constexprs=dict(common, BLOCK_D=64, BLOCK_E=32),
+                    num_warps=8,
                 ),
             ]  # fmt: skip
             if element == "bf16":
@@ -424,7 +435,7 @@ def _cases() -> list[dict]:
                 cases.append(
                     dict(fn=scan_kernel, signature=signature, constexprs=dict(DECAY=mode, REVERSE=True, BLOCK=1024))
                 )
-    return [dict(case, num_warps=4, num_stages=2) for case in cases]
+    return [dict(dict(num_warps=4), **case, num_stages=2, divisible=divisible) for case in cases]
 
 
 # What a test compiles ahead of time: every kernel with the tiles of head_dim 64.

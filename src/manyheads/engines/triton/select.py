@@ -189,7 +189,7 @@ def select_triton(query, key, value, index, bias, scale):
     out = query.new_empty(parts, batch, heads, queries, value.shape[-1], dtype=part_dtype)
     lse = query.new_empty(parts, batch, heads, queries, dtype=torch.float32)
     _forward_kernel[(queries, batch * lists, parts)](
-        *tensors, out, lse, scale, queries, key.shape[2], selected, part, *strides,
+        *tensors, out, lse, scale, queries, key.shape[2], selected, part, *strides,  # pyright: ignore
         LISTS_PER_KV=lists // key.shape[1], BIASED=bias is not None,
         **_tile_options(query, value, lists, backward=False),
     )  # fmt: skip

@@ -334,7 +334,7 @@ class NAT(nn.Module):
         """Drop the levels after the last one wanted, and the parts that only the classifier needs."""
         wanted = stage_indices(len(self.levels), indices)
         self.levels = self.levels[: max(wanted) + 1]
-        self.levels[-1].downsample = None
+        self.levels[-1].register_module("downsample", None)
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:
