@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -132,7 +133,7 @@ class _State:
         named = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         named = {**{name: value for name, value in named.items() if name != "kwargs"}, **named.get("kwargs", {})}
         given, use_cache = named.get("past_key_values"), named.get("use_cache")
-        use_cache = module.config.use_cache if use_cache is None else use_cache
+        use_cache = cast(Any, module.config).use_cache if use_cache is None else use_cache
         self.cache = self._checked(given) if given is not None else (self.duo.cache() if use_cache else None)
         self.pads, self.longest_pad = None, 0
         if self.cache is not None:

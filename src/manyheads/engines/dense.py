@@ -16,6 +16,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,7 +124,7 @@ def attention(
     return _attention(query, key, value, mask, bias, causal, scale, normalizer, return_lse, backend)
 
 
-def _attention(query, key, value, mask, bias, causal, scale, normalizer, return_lse, backend):
+def _attention(query, key, value, mask, bias, causal, scale, normalizer, return_lse, backend) -> Any:
     if normalizer == "softmax_plus_one" and backend != "reference":
         # 1 / (1 + Z) = sigmoid(ln Z) / Z: the softmax path gives this one too.
         out, lse = _attention(query, key, value, mask, bias, causal, scale, "softmax", True, backend)
@@ -267,7 +268,9 @@ def _four_axes(name: str, tensor: Tensor, full: tuple[int, ...]) -> Tensor:
     return tensor[(None,) * (4 - tensor.ndim)]
 
 
-def _packed(query, key, value, mask, bias, causal, scale, normalizer, cu_seqlens, cu_seqlens_key, return_lse, backend):
+def _packed(
+    query, key, value, mask, bias, causal, scale, normalizer, cu_seqlens, cu_seqlens_key, return_lse, backend
+) -> Any:
     if cu_seqlens is None:
         raise ValueError("cu_seqlens_key was given without cu_seqlens")
     cu_seqlens_key = cu_seqlens if cu_seqlens_key is None else cu_seqlens_key

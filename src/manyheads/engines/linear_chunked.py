@@ -240,9 +240,7 @@ def chunked_backward(
                 qc, kc, vc, doc = (x[b, h, i:j].to(wide) for x in (q, k, v, do))
                 qc = qc if scale == 1 else qc * scale
                 past, future = torch.bmm(doc, s.transpose(1, 2)), torch.bmm(vc, ds.transpose(1, 2))
-                if f.query is not None:
-                    past *= f.query
-                    future *= f.key
+                past, future = _times(past, f.query), _times(future, f.key)
                 if per_token:
                     over = (f.state * s * ds).sum(-1) + (kc * future).sum(1)
                 gradient_v = torch.bmm(_times(kc, f.key), ds)
@@ -259,7 +257,7 @@ def chunked_backward(
                     # d/dG of token a: what its query reads grows, what its key leaves behind shrinks.
                     slope = qc * past - kc * future
                     slope[:, -1] += over
-                    slope = slope if g.ndim == 4 else slope.sum(-1)
+                    slope = slope if f.inside.ndim == 4 else slope.sum(-1)
                     dgm[b, h, i:j] = slope.flip(1).cumsum(1).flip(1)
                 dqm[b, h, i:j] = past if scale == 1 else past.mul_(scale)
                 dkm[b, h, i:j] = future
@@ -273,10 +271,10 @@ def chunked_backward(
 def _(query, key, value, log_decay, states, cu_seqlens, grad_out, grad_state, scale, chunk, causal):
     wide = accumulation_dtype(query.dtype)
     sequences = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    per_token = log_decay is not None and log_decay.ndim > 1
+    gates = log_decay.shape if log_decay is not None and log_decay.ndim > 1 else (0,)
     return (
         *(x.new_empty(x.shape) for x in (query, key, value)),
-        query.new_empty(log_decay.shape if per_token else (0,), dtype=wide),
+        query.new_empty(gates, dtype=wide),
         query.new_empty(query.shape[0] * sequences, *states.shape[2:], dtype=wide),
     )
 
@@ -295,8 +293,7 @@ def _backward(ctx, grad_out, grad_state, _grad_states):
     dq, dk, dv, dg, initial = chunked_backward(
         query, key, value, log_decay, states, cu_seqlens, grad_out, grad_state, ctx.scale, ctx.chunk, ctx.causal
     )
-    per_token = log_decay is not None and log_decay.ndim > 1
-    dg = dg.to(log_decay.dtype) if per_token else None
+    dg = dg.to(log_decay.dtype) if log_decay is not None and log_decay.ndim > 1 else None
     return dq, dk, dv, dg, initial if ctx.has_state else None, None, None, None, None, None
 
 

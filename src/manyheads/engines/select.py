@@ -335,7 +335,7 @@ def select_backward(grad, grad_lse, query, key, value, index, bias, out, lse, sc
 @select_backward.register_fake
 def _(grad, grad_lse, query, key, value, index, bias, out, lse, scale, bias_grad):
     dtype = accumulation_dtype(query.dtype) if bias is None else bias.dtype
-    d_bias = query.new_empty(bias.shape if bias_grad else (0,), dtype=dtype)
+    d_bias = query.new_empty(bias.shape if bias is not None and bias_grad else (0,), dtype=dtype)
     return *(t.new_empty(t.shape) for t in (query, key, value)), d_bias
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from statistics import mean
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from manyheads.data.images import digits
 from manyheads.layers.biformer import BiLevelRoutingAttention
 from manyheads.models.evaluation import count_flops
 from manyheads.models.vision.biformer import VARIANTS, BiFormer
-from manyheads.ops.bilevel_routing import bilevel_routing_attention, region_means
+from manyheads.ops.bilevel_routing import Routing, bilevel_routing_attention, region_means
 from manyheads.reproduce.claims import Claim, Finding, Verdict
 from manyheads.reproduce.digits import accuracy_on_digits, compare
 
@@ -171,16 +171,17 @@ def _twin_rate(model: BiFormer, mosaics: Tensor, places: Tensor, regions: int) -
     query, key, _ = (
         part.unflatten(-1, (block.attn.heads, -1)).movedim(3, 1) for part in block.attn.qkv(x).chunk(3, -1)
     )
-    _, routing = bilevel_routing_attention(
+    found = bilevel_routing_attention(
         query, key, key, regions=regions, topk=block.attn.topk, return_routing=True, scale=1.0
     )
+    chosen_regions = cast(Routing, found[1]).index
     half = regions // 2
     hits = []
     for a, b in ((0, 1), (1, 0)):
         for i in range(half):
             for j in range(half):
                 here, there = ((places[:, t] // 2 * half + i) * regions + places[:, t] % 2 * half + j for t in (a, b))
-                chosen = routing.index[torch.arange(len(mosaics)), here]
+                chosen = chosen_regions[torch.arange(len(mosaics)), here]
                 hits.append((chosen == there[:, None]).any(-1).float().mean().item())
     return mean(hits)
 

@@ -57,13 +57,14 @@ def _tiny(stride: int = 1, full: int = 0) -> nn.Module:
     model = NAT(embed_dim=16, depths=(2, 2), num_heads=(2, 4), kernel_size=WINDOW, mlp_ratio=2, num_classes=10)
     # Bias tables exist for sliding windows only, so that a fair comparison goes without them.
     for side, level in zip((8, 4), model.levels):
-        for block in level.get_submodule("blocks").children():
+        blocks: Any = level.get_submodule("blocks")
+        for block in blocks:
             old: Any = block.get_submodule("attn")
             window = side if full else WINDOW
             new = NeighborhoodAttention(old.proj.in_features, old.num_heads, kernel_size=window, stride=stride)
             new.load_state_dict({name: value for name, value in old.state_dict().items() if name != "rpb"})
             block.attn = new
-            setattr(block, "pad_to", 0)
+            block.pad_to = 0
     return model
 
 

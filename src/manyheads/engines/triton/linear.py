@@ -19,7 +19,7 @@ Source: "Lightning Attention-2", arXiv 2401.04658; three phases: "Various Length
 from __future__ import annotations
 
 import os
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import torch
 import triton
@@ -352,11 +352,12 @@ def chunked_triton_backward(
     dg = torch.empty(gates, dtype=torch.float32, device=query.device)
     if gradients.numel() > 0:
         block_d, block_e = _blocks(head_dim, width)
-        gradient_kernel[(len(table[0]), rows)](
+        launch: Any = gradient_kernel[(len(table[0]), rows)]
+        launch(
             query, key, value, grad_out, decay, *table[:2], states, gradients, dq, dk, dv, dg,
             scale, rows, tokens, head_dim, width,
             DECAY=mode, CHUNK=chunk, BLOCK_D=block_d, BLOCK_E=min(block_e, 32),
-            **_dots(query.dtype, torch.version.hip is not None), num_warps=8,  # pyright: ignore[reportCallIssue]
+            **_dots(query.dtype, torch.version.hip is not None), num_warps=8,
         )  # fmt: skip
     return dq, dk, dv, dg, initial
 

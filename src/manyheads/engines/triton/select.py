@@ -8,6 +8,8 @@ lse; keys and values receive their gradients by atomic additions in float32, so 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -188,8 +190,9 @@ def select_triton(query, key, value, index, bias, scale):
     part_dtype = query.dtype if parts == 1 else torch.float32
     out = query.new_empty(parts, batch, heads, queries, value.shape[-1], dtype=part_dtype)
     lse = query.new_empty(parts, batch, heads, queries, dtype=torch.float32)
-    _forward_kernel[(queries, batch * lists, parts)](
-        *tensors, out, lse, scale, queries, key.shape[2], selected, part, *strides,  # pyright: ignore
+    launch: Any = _forward_kernel[(queries, batch * lists, parts)]
+    launch(
+        *tensors, out, lse, scale, queries, key.shape[2], selected, part, *strides,
         LISTS_PER_KV=lists // key.shape[1], BIASED=bias is not None,
         **_tile_options(query, value, lists, backward=False),
     )  # fmt: skip
@@ -224,19 +227,21 @@ def select_triton_backward(grad, grad_lse, query, key, value, index, bias, out, 
         lists, tensors, strides = _inputs(query, key, value, index, bias)
         delta = (grad.float() * out.float()).sum(-1) - grad_lse.masked_fill(lse == -torch.inf, 0)
         d_scores = query.new_zeros((batch, heads, queries, selected) if bias_grad else (1,), dtype=torch.float32)
-        _backward_kernel[(queries, batch * lists)](
+        launch: Any = _backward_kernel[(queries, batch * lists)]
+        launch(
             *tensors, grad.contiguous(), lse.contiguous(), delta.contiguous(), d_query, d_key, d_value, d_scores,
             scale, queries, key.shape[2], selected, *strides, LISTS_PER_KV=lists // key.shape[1],
             BIASED=bias is not None, BIAS_GRAD=bias_grad, **_tile_options(query, value, lists, backward=True),
         )  # fmt: skip
         if bias_grad:
-            d_bias = d_scores.sum_to_size(bias.shape).to(bias.dtype)
+            d_bias = d_scores.sum_to_size(d_bias.shape).to(d_bias.dtype)
     return d_query.to(dtype), d_key.to(dtype), d_value.to(dtype), d_bias
 
 
 @select_triton_backward.register_fake
 def _(grad, grad_lse, query, key, value, index, bias, out, lse, scale, bias_grad):
-    d_bias = query.new_empty(bias.shape if bias_grad else (0,), dtype=torch.float32 if bias is None else bias.dtype)
+    d_bias = query.new_empty((0,), dtype=torch.float32 if bias is None else bias.dtype)
+    d_bias = d_bias.new_empty(bias.shape) if bias is not None and bias_grad else d_bias
     return *(t.new_empty(t.shape) for t in (query, key, value)), d_bias
 
 
