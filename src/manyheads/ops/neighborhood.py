@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from manyheads.engines.blocksparse import run, run_backward
+from manyheads.engines.blocksparse_operator import run, run_backward
 from manyheads.engines.blocksparse_plan import TableBias
 from manyheads.engines.blocksparse_scores import Problem
 from manyheads.engines.blocksparse_tiles import Dropout
