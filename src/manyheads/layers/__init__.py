@@ -1,14 +1,19 @@
 """Attention layers (projections around an operator), one file per layer."""
 
 from manyheads.layers.biformer import BiLevelRoutingAttention
+from manyheads.layers.conv_ffn import ConvFeedForward
 from manyheads.layers.davit import ChannelAttention, ConvPositionEncoding, WindowAttention
+from manyheads.layers.hilo import DeformableMerging, HiLoAttention
 from manyheads.layers.lightning import TNLAttention
 from manyheads.layers.neighborhood import NeighborhoodAttention
 
 __all__ = [
     "BiLevelRoutingAttention",
     "ChannelAttention",
+    "ConvFeedForward",
     "ConvPositionEncoding",
+    "DeformableMerging",
+    "HiLoAttention",
     "NeighborhoodAttention",
     "TNLAttention",
     "WindowAttention",

@@ -2,6 +2,7 @@
 
 from manyheads.ops.bilevel_routing import bilevel_routing_attention
 from manyheads.ops.channel import channel_attention
+from manyheads.ops.hilo import hilo_attention, low_head_count
 from manyheads.ops.lightning import lightning_attention, lightning_attention_step, lightning_slopes
 from manyheads.ops.neighborhood import neighborhood_attention, neighborhood_decode
 from manyheads.ops.neighborhood_plan import neighborhood_mask
@@ -11,9 +12,11 @@ from manyheads.ops.window import window_attention, window_merge, window_partitio
 __all__ = [
     "bilevel_routing_attention",
     "channel_attention",
+    "hilo_attention",
     "lightning_attention",
     "lightning_attention_step",
     "lightning_slopes",
+    "low_head_count",
     "neighborhood_attention",
     "neighborhood_decode",
     "neighborhood_mask",

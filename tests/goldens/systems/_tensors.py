@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def tensors(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
@@ -24,3 +24,9 @@ def gradients(function: Callable[..., Tensor], wanted: dict[str, Tensor], grad_o
     leaves = {name: value.detach().requires_grad_() for name, value in wanted.items()}
     (function(**leaves) * grad_out).sum().backward()
     return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+
+def with_counters(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The weights and the model's own counters of normalised batches, which cases leave out."""
+    counters = {name: value for name, value in model.state_dict().items() if name.endswith("num_batches_tracked")}
+    return counters | weights
