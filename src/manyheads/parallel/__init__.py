@@ -1,1 +1,18 @@
 """Sequence parallelism on torch.distributed."""
+
+from manyheads.parallel.layouts import position_ids, shard, token_index, unshard
+from manyheads.parallel.local import LocalRanks
+from manyheads.parallel.recorder import record
+from manyheads.parallel.ring_self_attention import ring_self_attention
+from manyheads.parallel.wire import RankError
+
+__all__ = [
+    "LocalRanks",
+    "RankError",
+    "position_ids",
+    "record",
+    "ring_self_attention",
+    "shard",
+    "token_index",
+    "unshard",
+]
