@@ -30,7 +30,7 @@ from manyheads.parallel.layouts import Run
 
 @dataclass(frozen=True)
 class Tile:
-    """Local query rows against local key columns; causal: the last row sees the last column, the first one at least one."""
+    """Local query rows against local key columns; causal: the last row sees all columns, each one before one less."""
 
     rows: slice
     columns: slice

@@ -10,8 +10,8 @@ hop behind, so that after W hops they are home. Elements that a rank sends, with
 
     forward   2 (W - 1) B H_kv n d            backward   2 (W - 1) B H_kv n d,   and 2 W B H_kv n d in float32
 
-Source: "Sequence Parallelism: Long Sequence Training from System Perspective", arXiv 2105.13120 (the ring; its own form,
-which keeps the scores, is in :mod:`manyheads.parallel.rsa`); "Ring Attention with Blockwise Transformers",
+Source: "Sequence Parallelism: Long Sequence Training from System Perspective", arXiv 2105.13120 (the ring; its own
+form, which keeps the scores, is in :mod:`manyheads.parallel.rsa`); "Ring Attention with Blockwise Transformers",
 arXiv 2310.01889 (the streaming form).
 """
 
@@ -88,14 +88,15 @@ def ring_self_attention(
     torch.Size([1, 4, 6, 8])
     >>> dist.destroy_process_group()
     """
-    out, lse = _call(
+    # The ranks talk to each other on the host: under torch.compile this is a break of the graph.
+    call = torch.compiler.disable(_call) if torch.compiler.is_compiling() else _call
+    out, lse = call(
         query, key, value, group, timeout, causal=causal, scale=scale, layout=layout, cu_seqlens=cu_seqlens,
         cu_seqlens_key=cu_seqlens_key, per_sequence=per_sequence, key_mask=key_mask,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
-@torch.compiler.disable
 def _call(query: Tensor, key: Tensor, value: Tensor, group: Any, timeout: int | float, **options: Any):
     plans: list[Plan] = []
 

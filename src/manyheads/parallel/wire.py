@@ -130,10 +130,8 @@ class Wire:
                 said = "; ".join(f"{value} on rank {', '.join(map(str, ranks))}" for value, ranks in values.items())
                 raise ValueError(f"{self.call}: the ranks disagree on {name}: {said}")
 
-    def exchange(
-        self, sends: Sequence[tuple[Tensor, int, str]], receives: Sequence[tuple[Tensor, int, str]]
-    ) -> Pending:
-        """Post sends (buffer, to, what) and receives (buffer, from, what) at once; nothing has arrived until ``wait``."""
+    def exchange(self, sends: Sequence[Transfer], receives: Sequence[Transfer]) -> Pending:
+        """Post sends (buffer, to, what) and receives (buffer, from, what) at once; nothing is there until ``wait``."""
         ops, peers = [], []
         for kind, transfers in (("send", sends), ("receive", receives)):
             for buffer, peer, what in transfers:
