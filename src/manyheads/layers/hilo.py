@@ -100,12 +100,12 @@ class HiLoAttention(nn.Module):
         """The projected output of the high-frequency heads, (batch, X, Y, high channels), of a map that fits."""
         # Windows become the batch before the projection: that copies C channels, cutting q, k, v apart would copy 3C.
         side = self.window
-        rows = x.shape[1] // side
+        rows, columns = x.shape[1] // side, x.shape[2] // side
         windows = rearrange(x, "b (r p) (c q) d -> (b r c) p q d", p=side, q=side)
         slots = rearrange(self.h_qkv(windows), "w p q (slot h d) -> slot w h p q d", slot=3, h=self.high_heads)
         out = window_attention(*slots.unbind(0), window=side, backend=self.backend)
         out = self.h_proj(rearrange(out, "w h p q d -> w p q (h d)"))
-        return rearrange(out, "(b r c) p q d -> b (r p) (c q) d", b=x.shape[0], r=rows)
+        return rearrange(out, "(b r c) p q d -> b (r p) (c q) d", r=rows, c=columns)
 
     def low(self, x: Tensor) -> Tensor:
         """The projected output of the low-frequency heads, (batch, X, Y, low channels), of a map that fits."""

@@ -13,9 +13,10 @@ class Recipe:
     """AdamW, linear warm-up, cosine decay, timm's augmentations.
 
     Attributes:
-        lr: peak learning rate for 1,024 images a step; other batches scale it linearly.
+        lr: peak learning rate for 1,024 images a step.
+        linear_scaling: other batches scale the learning rates linearly; False takes them as they are.
         epochs, warmup_epochs: length of the training and of the warm-up.
-        warmup_lr, min_lr: where the rate starts and ends, also for 1,024 images.
+        warmup_lr, min_lr: where the rate starts and ends, likewise.
         weight_decay: on matrices and kernels only.
         clip_grad: largest norm of the gradient; 0 does not clip.
         drop_path: stochastic depth of the last block.
@@ -30,6 +31,7 @@ class Recipe:
     """
 
     lr: float = 1e-3
+    linear_scaling: bool = True
     epochs: int = 300
     warmup_epochs: int = 5
     warmup_lr: float = 1e-6
@@ -51,6 +53,8 @@ class Recipe:
 # arXiv 2204.03645 (its script's 10 epochs at the lowest rate after the cosine are left out); arXiv 2303.08810 (without
 # its repeated augmentation and without the averaged weights, which its evaluation does not use).
 _DAVIT = Recipe(clip_grad=1.0, auto_augment="rand-m9-n2-mstd0.5-inc1", crop_pct=0.9)
+# arXiv 2205.13213; the offsets of its mergings learn at a hundredth of the rate (``LITv2.lr_scales``).
+_LITV2 = Recipe(warmup_epochs=20, clip_grad=5.0, drop_path=0.2)
 RECIPES = {
     "davit_tiny": _DAVIT,
     "davit_small": dataclasses.replace(_DAVIT, drop_path=0.2),
@@ -58,6 +62,11 @@ RECIPES = {
     "biformer_tiny": Recipe(),
     "biformer_small": Recipe(drop_path=0.15),
     "biformer_base": Recipe(drop_path=0.4),
+    "litv2_medium": dataclasses.replace(_LITV2, drop_path=0.3),
+    "litv2_base": dataclasses.replace(_LITV2, drop_path=0.5),
+    "litv2_base_384": dataclasses.replace(
+        _LITV2, lr=2e-5, epochs=30, warmup_epochs=0, weight_decay=1e-8, drop_path=0.5, crop_pct=1.0
+    ),
 }
 
 
@@ -73,11 +82,12 @@ def recipe_for(model: str, *, small_images: bool = False) -> Recipe:
     (0.4, 0.0)
     """
     name = model.removeprefix(PREFIX)
-    family = _DAVIT if name.startswith("davit") else Recipe()
-    recipe = RECIPES.get(name, family)
+    families = {"davit": _DAVIT, "litv2": _LITV2}
+    recipe = RECIPES.get(name, families.get(name.split("_")[0], Recipe()))
     if not small_images:
         return recipe
     return dataclasses.replace(
-        recipe, epochs=20, warmup_epochs=1, lr=8e-3, min_lr=1e-4, warmup_lr=1e-4, drop_path=0.0, hflip=0.0,
-        crop_scale=0.7, auto_augment="rand-m3-n1-mstd0.5-inc1", mixup=0.1, cutmix=0.0, random_erasing=0.0, crop_pct=1.0,
+        recipe, epochs=20, warmup_epochs=1, lr=8e-3, linear_scaling=True, min_lr=1e-4, warmup_lr=1e-4, drop_path=0.0,
+        hflip=0.0, crop_scale=0.7, auto_augment="rand-m3-n1-mstd0.5-inc1", mixup=0.1, cutmix=0.0, random_erasing=0.0,
+        crop_pct=1.0,
     )  # fmt: skip

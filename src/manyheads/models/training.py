@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup, create_transform
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
@@ -146,7 +146,7 @@ def train_vision(
     if last is not None:
         _check_same_run(output, settings)
 
-    share = batch_size * world / 1024
+    share = batch_size * world / 1024 if recipe.linear_scaling else 1.0
     rate = lr if lr is not None else recipe.lr * share
     steps = epochs * (len(train) // (batch_size * world))
     arguments = TrainingArguments(
@@ -194,7 +194,7 @@ def train_vision(
         train_dataset=train,
         eval_dataset=images.test,
         compute_metrics=_accuracy,
-        optimizers=(create_optimizer_v2(network, "adamw", lr=rate, weight_decay=recipe.weight_decay), None),
+        optimizers=(make_optimizer(network, rate, recipe.weight_decay), None),
         callbacks=[_Record(settings, train), *callbacks],
     )
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
@@ -214,6 +214,26 @@ def train_vision(
         save_checkpoint(network, output / WEIGHTS)
         _write(output / HISTORY, result.to_dict())
     return result
+
+
+def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW without decay on biases, norms and what ``model.no_weight_decay()`` names.
+
+    Parameters that ``model.lr_scales()`` names learn at that share of the rate, through the whole schedule.
+    """
+    scales = getattr(model, "lr_scales", dict)()
+    by_tensor = {id(parameter): scales.get(name, 1.0) for name, parameter in model.named_parameters()}
+
+    def groups(model: nn.Module) -> list[dict[str, Any]]:
+        kept = getattr(model, "no_weight_decay", set)()
+        return [
+            {**group, "params": chosen, "lr": lr * scale}
+            for group in param_groups_weight_decay(model, weight_decay, no_weight_decay_list=kept)
+            for scale in sorted({1.0, *scales.values()}, reverse=True)
+            if (chosen := [parameter for parameter in group["params"] if by_tensor[id(parameter)] == scale])
+        ]
+
+    return create_optimizer_v2(model, "adamw", lr=lr, weight_decay=weight_decay, param_group_fn=groups)
 
 
 def train_transform(model: nn.Module, size: int, recipe: Recipe) -> Callable:

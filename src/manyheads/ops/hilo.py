@@ -78,6 +78,8 @@ def hilo_attention(
             size = f"{tensor.shape[2]} x {tensor.shape[3]}"
             raise ValueError(f"windows of {window} x {window} do not divide the {name}'s grid of {size}; pad the input")
     scale = resolve_scale(scale, query.shape[-1])
+    if 0 in query.shape[2:4]:
+        return value.new_zeros(*query.shape[:-1], value.shape[-1])
     split = high // shared
     parts = []
     if high:

@@ -13,6 +13,7 @@ Source: "Fast Vision Transformers with HiLo Attention", arXiv 2205.13213.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -223,7 +224,7 @@ class LITv2(nn.Module):
         """Drop the stages after the last one wanted, and the parts that only the classifier needs."""
         wanted = stage_indices(len(self.layers), indices)
         self.layers = self.layers[: max(wanted) + 1]
-        self.layers[-1].register_module("downsample", None)
+        cast(Stage, self.layers[-1]).downsample = None
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:

@@ -22,6 +22,7 @@ arXiv 2209.15001.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -334,7 +335,7 @@ class NAT(nn.Module):
         """Drop the levels after the last one wanted, and the parts that only the classifier needs."""
         wanted = stage_indices(len(self.levels), indices)
         self.levels = self.levels[: max(wanted) + 1]
-        self.levels[-1].register_module("downsample", None)
+        cast(Level, self.levels[-1]).downsample = None
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:
