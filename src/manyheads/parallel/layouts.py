@@ -77,7 +77,9 @@ def token_index(
     groups = world // ulysses
     if ulysses > 1 and tokens // max(groups, 1) % ulysses:
         raise ValueError(f"{tokens} tokens do not divide over {world} ranks: pad to a multiple of {world}")
-    index = [_index(runs(tokens, groups, r, layout, _lengths(cu_seqlens), per_sequence)) for r in range(groups)]
+    index = [
+        _index(runs(tokens, groups, r, layout, cumulative_lengths(cu_seqlens), per_sequence)) for r in range(groups)
+    ]
     return torch.stack(index).reshape(world, -1)
 
 
@@ -112,7 +114,7 @@ def position_ids(
     tensor([1, 0, 2, 4])
     """
     _check_rank(rank, world)
-    cu = _lengths(cu_seqlens)
+    cu = cumulative_lengths(cu_seqlens)
     index = _index(runs(tokens, world, rank, layout, cu, per_sequence))
     if cu is None:
         return index
@@ -246,7 +248,8 @@ def _index(pieces: list[Run]) -> Tensor:
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
 
-def _lengths(cu_seqlens: Tensor | Sequence[int] | None) -> list[int] | None:
+def cumulative_lengths(cu_seqlens: Tensor | Sequence[int] | None) -> list[int] | None:
+    """``cu_seqlens`` as a list of ints."""
     if cu_seqlens is None:
         return None
     if isinstance(cu_seqlens, Tensor):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from manyheads.engines.common import check_qkv, resolve_scale
 from manyheads.parallel.blocks import Tile, tiles
-from manyheads.parallel.layouts import _lengths, runs, token_index
+from manyheads.parallel.layouts import cumulative_lengths, runs, token_index
 from manyheads.parallel.wire import Wire
 
 
@@ -63,12 +63,12 @@ def make_plan(
             f"layout={layout!r} balances causal attention: without causal=True every rank has the same work, take "
             "'contiguous'"
         )
-    cu_query = _lengths(cu_seqlens)
+    cu_query = cumulative_lengths(cu_seqlens)
     if cu_query is None and cu_seqlens_key is not None:
         raise ValueError("cu_seqlens_key was given without cu_seqlens")
     if per_sequence and cu_query is None:
         raise ValueError("per_sequence=True lays out packed sequences and needs cu_seqlens")
-    cu_key = cu_query if cu_seqlens_key is None else _lengths(cu_seqlens_key)
+    cu_key = cu_query if cu_seqlens_key is None else cumulative_lengths(cu_seqlens_key)
     if causal and cu_key != cu_query:
         raise ValueError("causal attention needs the same sequences in queries and keys: drop cu_seqlens_key")
     if cu_query is not None and cu_key is not None:
