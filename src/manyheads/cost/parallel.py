@@ -159,15 +159,13 @@ def predict(method: str, sequence: Sequence, mesh: Mesh) -> Prediction:
     if method == "lasp2h":
         return _mean(method, [predict("lasp2", sequence, mesh)] * 3 + [predict("all_gather", sequence, mesh)])
     passes = [_schedule(method, sequence, backward, None) for backward in (False, True)]
-    forward, backward = (sum(_seconds(step, sequence.world, mesh) for step in steps) for steps in passes)
-    steps = [step for one in passes for step in one]
-    compute = sum(step.flops * step.times for step in steps) / mesh.rate
+    parts = [[_seconds(step, sequence.world, mesh) for step in steps] for steps in passes]
+    forward, backward = (sum(part[0] for part in one) for one in parts)
+    latencies, travel = (sum(part[i] for one in parts for part in one) for i in (1, 2))
+    compute = sum(step.flops * step.times for steps in passes for step in steps) / mesh.rate
     exposed = forward + backward - compute
-    latencies = sum(_transfer(step, sequence.world, mesh)[0] * step.times for step in steps)
-    travel = sum(_transfer(step, sequence.world, mesh)[1] * step.times for step in steps)
-    slowest = "latency" if latencies > travel else "bandwidth"
     received = sum(volume(method, sequence, backward=backward).received for backward in (False, True))
-    bound = "compute" if compute >= exposed else slowest
+    bound = "compute" if compute >= exposed else "latency" if latencies > travel else "bandwidth"
     return Prediction(method, forward, backward, received, compute, max(0.0, exposed), bound)
 
 
@@ -211,27 +209,31 @@ def _schedule(method: str, sequence: Sequence, backward: bool, rank: int | None)
     return SCHEDULES[name](sequence, backward, rank, **options)
 
 
-def _seconds(step: Step, world: int, mesh: Mesh) -> float | int:
-    transfer, compute = sum(_transfer(step, world, mesh)), step.flops / mesh.rate
-    return step.times * max(compute, transfer)
-
-
-def _transfer(step: Step, world: int, mesh: Mesh) -> tuple[float | int, float | int]:
-    """Seconds of latency, and of bytes on the busiest link."""
+def _seconds(step: Step, world: int, mesh: Mesh) -> tuple[float | int, float | int, float | int]:
+    """Seconds of a step, all its times: how long it takes; the latencies and the bytes' travel alone."""
+    compute = step.flops / mesh.rate
     if not step.away and not step.home:
-        return 0.0, 0.0
-    hops, load = _exchange(step, mesh) if step.kind == "exchange" else _collective(step, world, mesh)
-    return hops * mesh.latency, load / mesh.bandwidth
-
-
-def _exchange(step: Step, mesh: Mesh) -> tuple[int, float | int]:
-    away, home = step.away, step.home
-    if mesh.links == "switch":
+        return step.times * compute, 0.0, 0.0
+    if mesh.links == "ring" and step.home:
+        # Every time the outputs come from one place further away, over one link more.
+        places = range(step.distance, step.distance + step.times)
+        loads = [_both(step.away, step.home * places_back, mesh) / mesh.bandwidth for places_back in places]
+        total = sum(max(compute, back * mesh.latency + load) for back, load in zip(places, loads))
+        return total, sum(places) * mesh.latency, sum(loads)
+    if step.kind != "exchange":
+        hops, load = _collective(step, world, mesh)
+    elif mesh.links == "switch":
         # The one link of a device carries both streams out, and as much in.
-        return 1, (away + home) * (1 if mesh.duplex else 2)
-    hops = step.distance if mesh.links == "ring" and home else 1
-    home *= hops
-    return hops, max(away, home) if mesh.duplex else away + home
+        hops, load = 1, (step.away + step.home) * (1 if mesh.duplex else 2)
+    else:
+        hops, load = 1, _both(step.away, step.home, mesh)
+    latency, travel = hops * mesh.latency, load / mesh.bandwidth
+    return step.times * max(compute, latency + travel), step.times * latency, step.times * travel
+
+
+def _both(away: int, home: int, mesh: Mesh) -> int:
+    """What a link carries, that has a direction for each of the two or not."""
+    return max(away, home) if mesh.duplex else away + home
 
 
 def _collective(step: Step, world: int, mesh: Mesh) -> tuple[int, float | int]:

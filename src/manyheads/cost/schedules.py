@@ -99,7 +99,7 @@ class Step:
         flops: operations.
         away: bytes sent to the next rank.
         home: bytes sent the other way, straight to a rank ``distance`` places back.
-        distance: places between a rank and the one that its ``home`` bytes go to.
+        distance: places between a rank and the one that its ``home`` bytes go to, the first time; one more each time.
         kind: "exchange" (point to point), "gather", "scatter" (reduce-scatter) or "all_to_all"; ``away`` is then what
             the rank puts into a gather, and what it sends in the others.
         times: how often the step happens.
@@ -144,15 +144,19 @@ def token_ring(s: Sequence, backward: bool, rank: int | None = None, layout: str
         return [Step(first)]
     per_row = 2 * s.head_dim * s.element_bytes + 2 * WIDE if backward else s.head_dim * s.element_bytes
     per_result = s.head_dim * WIDE if backward else s.head_dim * s.element_bytes + WIDE
+    if rank is None:
+        times = [0, 1, 2, s.world - 1, s.world] if s.world > 2 else [0, 1, 2]
+    else:
+        times = list(range(s.world + 1))
     steps = []
-    for t in range(s.world + 1):
+    for t, following in zip(times, [*times[1:], s.world + 1]):
         away = home = 0
         if t < s.world - 1:
             away = _rows(s, rank, lambda r, t=t: (r - 1) % s.world + t + 1 < s.world) * per_row
         if t >= 2:
             home = _rows(s, rank, lambda r, t=t: r + t - 1 < s.world) * per_result
         flops = 0.0 if t == s.world else first if t == 0 else one
-        steps.append(Step(flops, away, home, distance=max(1, t - 1)))
+        steps.append(Step(flops, away, home, distance=max(1, t - 1), times=following - t))
     return steps
 
 
