@@ -5,6 +5,7 @@ from manyheads.layers.conv_ffn import ConvFeedForward
 from manyheads.layers.davit import ChannelAttention, ConvPositionEncoding, WindowAttention
 from manyheads.layers.hilo import DeformableMerging, HiLoAttention
 from manyheads.layers.lightning import TNLAttention
+from manyheads.layers.maxvit import MBConv, MultiAxisAttention, PartitionAttention
 from manyheads.layers.neighborhood import NeighborhoodAttention
 
 __all__ = [
@@ -14,7 +15,10 @@ __all__ = [
     "ConvPositionEncoding",
     "DeformableMerging",
     "HiLoAttention",
+    "MBConv",
+    "MultiAxisAttention",
     "NeighborhoodAttention",
+    "PartitionAttention",
     "TNLAttention",
     "WindowAttention",
 ]

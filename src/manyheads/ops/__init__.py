@@ -4,6 +4,7 @@ from manyheads.ops.bilevel_routing import bilevel_routing_attention
 from manyheads.ops.channel import channel_attention
 from manyheads.ops.hilo import hilo_attention, low_head_count
 from manyheads.ops.lightning import lightning_attention, lightning_attention_step, lightning_slopes
+from manyheads.ops.multi_axis import block_attention, grid_attention, relative_bias
 from manyheads.ops.neighborhood import neighborhood_attention, neighborhood_decode
 from manyheads.ops.neighborhood_plan import neighborhood_mask
 from manyheads.ops.streaming import streaming_attention
@@ -11,7 +12,9 @@ from manyheads.ops.window import window_attention, window_merge, window_partitio
 
 __all__ = [
     "bilevel_routing_attention",
+    "block_attention",
     "channel_attention",
+    "grid_attention",
     "hilo_attention",
     "lightning_attention",
     "lightning_attention_step",
@@ -20,6 +23,7 @@ __all__ = [
     "neighborhood_attention",
     "neighborhood_decode",
     "neighborhood_mask",
+    "relative_bias",
     "streaming_attention",
     "window_attention",
     "window_merge",
