@@ -98,10 +98,11 @@ def empty(query: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, some: Sequence[Tile], scale: float, mask: Tensor | None,
+    query: Tensor, key_value: Sequence[Tensor], some: Sequence[Tile], scale: float, mask: Tensor | None,
     out: Tensor, lse: Tensor,
 ) -> None:  # fmt: skip
     """Merge the tiles' attention into ``out`` and ``lse``, in place; ``mask`` (batch, keys) is True for real keys."""
+    key, value = key_value
     for tile in some:
         rows, columns = tile.rows, tile.columns
         # A half-precision kernel would round every partial output: on a CPU float32 costs nothing extra.
@@ -117,17 +118,18 @@ def forward(
 
 
 def backward(
-    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, lse: Tensor, shift: Tensor, some: Sequence[Tile],
-    scale: float, mask: Tensor | None, d_query: Tensor, d_key: Tensor, d_value: Tensor,
+    query: Tensor, key_value: Sequence[Tensor], grad: Tensor, lse: Tensor, shift: Tensor, some: Sequence[Tile],
+    scale: float, mask: Tensor | None, d_query: Tensor, d_key_value: Sequence[Tensor],
 ) -> None:  # fmt: skip
-    """Add the tiles' gradients to ``d_query``, ``d_key``, ``d_value`` in place; ``shift`` is dl - D, ``lse`` global."""
-    wide = d_query.dtype
+    """Add the tiles' gradients to ``d_query`` and ``d_key_value`` in place; ``shift`` is dl - D, ``lse`` global."""
+    (key, value), (d_key, d_value), wide = key_value, d_key_value, d_query.dtype
     nothing = torch.zeros((), dtype=wide, device=query.device)
     for tile in some:
         rows, columns = tile.rows, tile.columns
+        some_grad = grad[:, :, rows].to(wide)
         grads = dense_backward(
-            grad[:, :, rows].to(wide), shift[:, :, rows], query[:, :, rows].to(wide), key[:, :, columns].to(wide),
-            value[:, :, columns].to(wide), nothing.expand(grad[:, :, rows].shape), lse[:, :, rows],
+            some_grad, shift[:, :, rows], query[:, :, rows].to(wide), key[:, :, columns].to(wide),
+            value[:, :, columns].to(wide), nothing.expand(some_grad.shape), lse[:, :, rows],
             None if mask is None else mask[:, None, None, columns], None, tile.causal, scale, "softmax", False,
         )  # fmt: skip
         d_query[:, :, rows] += grads[0]

@@ -20,6 +20,7 @@ from the formulas of LASP, arXiv 2404.02882; gates, initial state and packed seq
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +37,7 @@ from manyheads.engines.linear import linear_attention
 from manyheads.parallel import recorder
 from manyheads.parallel.layouts import cumulative_lengths
 from manyheads.parallel.plan import pack, unpack
-from manyheads.parallel.wire import TIMEOUT, Pending, Wire, connect, reconnect
+from manyheads.parallel.wire import TIMEOUT, Pending, Wire, connect, eager, reconnect
 
 
 def lasp2(
@@ -93,14 +94,12 @@ def lasp2(
 
     >>> import torch, torch.distributed as dist
     >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    >>> q, k, v = torch.randn(3, 1, 4, 10, 8)[:, None].unbind()
+    >>> q, k, v = torch.randn(3, 1, 4, 10, 8).unbind()
     >>> lasp2(q, k, v, log_decay=torch.tensor([-0.5, -0.3, -0.1, 0.0])).shape
     torch.Size([1, 4, 10, 8])
     >>> dist.destroy_process_group()
     """
-    # The ranks talk to each other on the host: under torch.compile this is a break of the graph.
-    call = torch.compiler.disable(_call) if torch.compiler.is_compiling() else _call
-    out, state = call(
+    out, state = eager(_call)(
         "lasp2", query, key, value, group, timeout, log_decay, causal, feature_map, normalize, eps, scale,
         initial_state, cu_seqlens, chunk, return_state,
     )  # fmt: skip
@@ -146,13 +145,12 @@ def lasp(
 
     >>> import torch, torch.distributed as dist
     >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    >>> q, k, v = torch.randn(3, 1, 4, 10, 8)[:, None].unbind()
+    >>> q, k, v = torch.randn(3, 1, 4, 10, 8).unbind()
     >>> lasp(q, k, v).shape
     torch.Size([1, 4, 10, 8])
     >>> dist.destroy_process_group()
     """
-    call = torch.compiler.disable(_call) if torch.compiler.is_compiling() else _call
-    return call("lasp", query, key, value, group, timeout, log_decay, True, feature_map, normalize, eps, scale,
+    return eager(_call)("lasp", query, key, value, group, timeout, log_decay, True, feature_map, normalize, eps, scale,
                 None, None, chunk, False)[0]  # fmt: skip
 
 
@@ -208,6 +206,7 @@ def _call(
         # A half-precision kernel would round the part within the rank: on a CPU float32 costs nothing extra.
         local = [t.to(wide) if t.device.type == "cpu" else t for t in (q, k, v)]
         out = linear_attention(*local, log_decay=gates, scale=factor, chunk=chunk)
+        assert isinstance(out, Tensor)
     before, final = _Collect.apply(posted, exchange)
     before = before if state is None or not causal else before + state
     across = (q.to(wide) * factor * upto) @ before
@@ -273,7 +272,7 @@ class _Exchange:
     hops: bool  # LASP: from rank to rank; else LASP-2: one all-gather
     causal: bool
     final: bool
-    known: list[Tensor] | None  # G of all ranks, where every rank can tell
+    known: Sequence[Tensor | None] | None  # G of all ranks, where every rank can tell
     travels: bool
     own: list[Tensor] = field(default_factory=list)
     pending: Pending | None = None
@@ -306,7 +305,7 @@ class _Exchange:
             before = final = torch.zeros_like(state)
             for u, (one, total) in enumerate(parts):  # in the order of the ranks: all of them get the same bits
                 before = final if u == rank and self.causal else before
-                final = _apply(total, final) + one
+                final = _apply(total, final) + one  # pyright: ignore[reportOperatorIssue]
             before = before if self.causal else final
             if self.travels:
                 self.known = [total for _, total in parts]

@@ -18,6 +18,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -157,7 +158,7 @@ def shard(
     tensor([0, 1, 6, 7])
     """
     _check_rank(rank, world)
-    options = dict(layout=layout, cu_seqlens=cu_seqlens, per_sequence=per_sequence, ulysses=ulysses)
+    options: dict[str, Any] = dict(layout=layout, cu_seqlens=cu_seqlens, per_sequence=per_sequence, ulysses=ulysses)
     index = token_index(tensor.shape[dim], world, **options)[rank]
     return tensor.index_select(dim, index.to(tensor.device))
 
@@ -197,7 +198,7 @@ def unshard(
     if len({tuple(part.shape) for part in shards}) != 1:
         raise ValueError(f"shards must have one shape, got {[tuple(part.shape) for part in shards]}")
     joined = torch.cat(list(shards), dim=dim)
-    options = dict(layout=layout, cu_seqlens=cu_seqlens, per_sequence=per_sequence, ulysses=ulysses)
+    options: dict[str, Any] = dict(layout=layout, cu_seqlens=cu_seqlens, per_sequence=per_sequence, ulysses=ulysses)
     index = token_index(joined.shape[dim], len(shards), **options)
     return joined.index_select(dim, index.flatten().argsort().to(joined.device))
 

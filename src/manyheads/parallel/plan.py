@@ -41,8 +41,10 @@ class Plan:
         """Which of rank ``holder``'s keys are real, (batch, keys)."""
         if self.key_mask is None:
             return None
-        options = dict(layout=self.layout, cu_seqlens=self.cu_key, per_sequence=self.per_sequence)
-        index = token_index(self.keys * self.world, self.world, **options)[holder]
+        tokens, per_sequence = self.keys * self.world, self.per_sequence
+        index = token_index(tokens, self.world, layout=self.layout, cu_seqlens=self.cu_key, per_sequence=per_sequence)[
+            holder
+        ]
         return self.key_mask[:, index.to(self.key_mask.device)]
 
 

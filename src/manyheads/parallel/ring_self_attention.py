@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from manyheads.parallel import blocks, recorder
 from manyheads.parallel.plan import Plan, make_plan, pack, shared, unpack
-from manyheads.parallel.wire import TIMEOUT, Pending, Wire, connect, reconnect
+from manyheads.parallel.wire import TIMEOUT, Wire, connect, eager, reconnect
 
 
 def ring_self_attention(
@@ -88,9 +88,7 @@ def ring_self_attention(
     torch.Size([1, 4, 6, 8])
     >>> dist.destroy_process_group()
     """
-    # The ranks talk to each other on the host: under torch.compile this is a break of the graph.
-    call = torch.compiler.disable(_call) if torch.compiler.is_compiling() else _call
-    out, lse = call(
+    out, lse = eager(_call)(
         query, key, value, group, timeout, causal=causal, scale=scale, layout=layout, cu_seqlens=cu_seqlens,
         cu_seqlens_key=cu_seqlens_key, per_sequence=per_sequence, key_mask=key_mask,
     )  # fmt: skip
@@ -130,58 +128,38 @@ class _Ring(torch.autograd.Function):
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, wire: Wire, plan: Plan) -> tuple[Tensor, Tensor]:
-    rank, world = wire.rank, wire.world
     out, lse = blocks.empty(query, value.shape[-1])
-    held = pack(key, value)
-    arriving = torch.empty_like(held)
-    for step in range(world):
-        wire.step, owner = step, (rank - step) % world
-        passing = _pass_on(wire, held, arriving, "key, value") if step < world - 1 else None
-        some = plan.tiles(rank, owner)
-        block = (query, *unpack(held, key, value), some, plan.scale, plan.mask(owner))
+    for owner, held in wire.travel(pack(key, value), "key, value"):
+        some = plan.tiles(wire.rank, owner)
+        block = (query, unpack(held, key, value), some, plan.scale, plan.mask(owner))
         blocks.forward(*block, out, lse)
-        recorder.count_pairs(wire.call, step, blocks.pairs(some))
+        recorder.count_pairs(wire.call, wire.step, blocks.pairs(some))
         if recorder.keeping():
             part = blocks.empty(query, value.shape[-1])
             blocks.forward(*block, *part)
-            recorder.keep("partial_out", step, part[0])
-            recorder.keep("partial_lse", step, part[1])
-        if passing is not None:
-            passing.wait()
-            held, arriving = arriving, held
+            recorder.keep("partial_out", wire.step, part[0])
+            recorder.keep("partial_lse", wire.step, part[1])
     return out, lse
 
 
 def _backward(query, key, value, grad, lse, shift, wire: Wire, plan: Plan) -> tuple[Tensor, ...]:
-    rank, world, wide = wire.rank, wire.world, lse.dtype
-    d_query = torch.zeros(query.shape, dtype=wide, device=query.device)
-    held = pack(key, value)
-    arriving = torch.empty_like(held)
-    share, sending, receiving = (torch.empty_like(held, dtype=wide) for _ in range(3))
+    d_query = torch.zeros(query.shape, dtype=lse.dtype, device=query.device)
+    buffer = pack(key, value)
+    share, sending, receiving = (torch.empty_like(buffer, dtype=lse.dtype) for _ in range(3))
     following = None
-    for step in range(world):
-        wire.step, owner = step, (rank - step) % world
-        passing = _pass_on(wire, held, arriving, "key, value") if step < world - 1 else None
+    for owner, held in wire.travel(buffer, "key, value"):
         share.zero_()
         blocks.backward(
-            query, *unpack(held, key, value), grad, lse, shift, plan.tiles(rank, owner), plan.scale,
-            plan.mask(owner), d_query, *unpack(share, key, value),
+            query, unpack(held, key, value), grad, lse, shift, plan.tiles(wire.rank, owner), plan.scale,
+            plan.mask(owner), d_query, unpack(share, key, value),
         )  # fmt: skip
         if following is not None:
             following.wait()
             share += receiving  # what the ranks before this one added for the same keys
-        if world > 1:
-            following = _pass_on(wire, share, receiving, "gradient of key, value")
+        if wire.world > 1:
+            following = wire.pass_on(share, receiving, "gradient of key, value")
             share, sending = sending, share
-        if passing is not None:
-            passing.wait()
-            held, arriving = arriving, held
     if following is not None:
         following.wait()
         share = receiving
     return d_query, *unpack(share, key, value)
-
-
-def _pass_on(wire: Wire, sending: Tensor, receiving: Tensor, what: str) -> Pending:
-    to, source = (wire.rank + 1) % wire.world, (wire.rank - 1) % wire.world
-    return wire.exchange([(sending, to, what)], [(receiving, source, what)])

@@ -37,7 +37,7 @@ from manyheads.engines.merge import merge
 from manyheads.parallel import blocks, recorder
 from manyheads.parallel.blocks import Tile
 from manyheads.parallel.plan import Plan, make_plan, shared
-from manyheads.parallel.wire import TIMEOUT, Wire, connect, reconnect
+from manyheads.parallel.wire import TIMEOUT, Wire, connect, eager, reconnect
 
 
 def token_ring(
@@ -91,14 +91,12 @@ def token_ring(
 
     >>> import torch, torch.distributed as dist
     >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    >>> q, k, v = torch.randn(3, 1, 4, 6, 8)[:, None].unbind()
+    >>> q, k, v = torch.randn(3, 1, 4, 6, 8).unbind()
     >>> token_ring(q, k, v).shape
     torch.Size([1, 4, 6, 8])
     >>> dist.destroy_process_group()
     """
-    # The ranks talk to each other on the host: under torch.compile this is a break of the graph.
-    call = torch.compiler.disable(_call) if torch.compiler.is_compiling() else _call
-    out, lse = call(
+    out, lse = eager(_call)(
         query, key, value, group, timeout, float32_outputs, causal=causal, scale=scale, layout=layout,
         cu_seqlens=cu_seqlens, cu_seqlens_key=cu_seqlens_key, per_sequence=per_sequence, key_mask=key_mask,
     )  # fmt: skip
@@ -148,7 +146,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, wire: Wire, plan: Plan, 
 
     def compute(step: int, held: list[Tensor], some: list[Tile], rows: slice) -> list[Tensor]:
         part, part_lse = blocks.empty(held[0], value.shape[-1])
-        blocks.forward(held[0], key, value, some, plan.scale, plan.mask(wire.rank), part, part_lse)
+        blocks.forward(held[0], (key, value), some, plan.scale, plan.mask(wire.rank), part, part_lse)
         recorder.count_pairs(wire.call, step, blocks.pairs(some))
         if recorder.keeping():
             whole = blocks.empty(query, value.shape[-1])
@@ -173,8 +171,8 @@ def _backward(query, key, value, grad, lse, shift, wire: Wire, plan: Plan) -> tu
     def compute(step: int, held: list[Tensor], some: list[Tile], rows: slice) -> list[Tensor]:
         some_lse, some_shift, some_query, some_grad = held
         part = torch.zeros(some_query.shape, dtype=lse.dtype, device=query.device)
-        blocks.backward(some_query, key, value, some_grad, some_lse, some_shift, some, plan.scale,
-                        plan.mask(wire.rank), part, d_key, d_value)  # fmt: skip
+        blocks.backward(some_query, (key, value), some_grad, some_lse, some_shift, some, plan.scale,
+                        plan.mask(wire.rank), part, (d_key, d_value))  # fmt: skip
         return [part]
 
     def absorb(rows: slice, arrived: list[Tensor]) -> None:

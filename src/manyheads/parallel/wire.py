@@ -13,7 +13,7 @@ import itertools
 import json
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -176,6 +176,34 @@ class Wire:
             work = self._pg._reduce_scatter_base(out, buffer.contiguous().view(-1), options)
         return out, Pending(self, [work], [("reduce_scatter", -1, what)])
 
+    def all_reduce(self, buffer: Tensor, what: str) -> Pending:
+        """Post one all-reduce (sum) in place. Counted as in a ring: a rank sends 2 (W - 1) / W of the buffer."""
+        if self.world == 1:
+            return Pending(self, [], [])
+        size = 2 * (self.world - 1) * buffer.numel() * buffer.element_size() // self.world
+        self._record(what, "all_reduce", -1, size, size)
+        options = dist.distributed_c10d.AllreduceOptions()
+        options.timeout, options.asyncOp = timedelta(seconds=self.timeout), True
+        with self._watching(None):
+            work = self._pg.allreduce([buffer], options)
+        return Pending(self, [work], [("all_reduce", -1, what)])
+
+    def travel(self, buffer: Tensor, what: str) -> Iterator[tuple[int, Tensor]]:
+        """Pass buffers round the ring: yields whose buffer is here, and it, while it is already on its way onward."""
+        held, arriving = buffer, torch.empty_like(buffer)
+        for step in range(self.world):
+            self.step = step
+            passing = self.pass_on(held, arriving, what) if step < self.world - 1 else None
+            yield (self.rank - step) % self.world, held
+            if passing is not None:
+                passing.wait()
+                held, arriving = arriving, (torch.empty_like(held) if held is buffer else held)
+
+    def pass_on(self, sending: Tensor, receiving: Tensor, what: str) -> Pending:
+        """Send to the next rank, receive from the one before."""
+        to, source = (self.rank + 1) % self.world, (self.rank - 1) % self.world
+        return self.exchange([(sending, to, what)], [(receiving, source, what)])
+
     def all_to_all(self, buffer: Tensor, what: str) -> tuple[Tensor, Pending]:
         """Post one all-to-all: row p of the (world, size) buffer goes to rank p; row p of the result came from it."""
         out = torch.empty_like(buffer)
@@ -320,6 +348,11 @@ def connect(
         wire.agree({}, error=str(problem))
         raise
     return wire, wire.agree(same, own)
+
+
+def eager(call: Callable[..., Any]) -> Callable[..., Any]:
+    """``call`` kept out of torch.compile: the ranks talk to each other on the host, so the graph breaks here."""
+    return torch.compiler.disable(call) if torch.compiler.is_compiling() else call
 
 
 def reconnect(wire: Wire, call: str, same: dict[str, Any] | None = None) -> Wire:
