@@ -1,0 +1,33 @@
+"""Ranks for the tests of this room, started once: processes that join a gloo group and run functions of the tests."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from manyheads.parallel import LocalRanks
+
+ROOT = str(Path(__file__).parents[2])
+
+
+@pytest.fixture(scope="session")
+def four_ranks():
+    """Four ranks; smaller worlds are groups of some of them."""
+    # The ranks import the test modules by name, as pytest names them.
+    sys.path.insert(0, ROOT)
+    try:
+        with LocalRanks(4, timeout=60) as started:
+            yield started
+    finally:
+        sys.path.remove(ROOT)
+
+
+@pytest.fixture
+def one_rank():
+    """This process as the only rank of a group."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
