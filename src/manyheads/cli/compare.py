@@ -106,7 +106,7 @@ def _compare_schemes(layer, mesh, json: bool) -> None:
     from manyheads.cost.parallel import LINEAR, METHODS, SOFTMAX, Prediction
     from manyheads.cost.parallel import compare as predict
 
-    methods = [name for name in METHODS if layer.causal or not name.endswith(" ring")]
+    methods = [name for name in METHODS if layer.causal or " " not in name]
     here = predict(layer, mesh, methods)
     maps = {kind: _winners(layer, mesh, names) for kind, names in (("softmax", SOFTMAX), ("linear", LINEAR))}
     if json:

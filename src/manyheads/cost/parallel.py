@@ -25,7 +25,7 @@ from typing import Any
 from manyheads.cost.schedules import SCHEDULES, Schedule, Sequence, Step
 
 LINKS = ("ring", "mesh", "switch")
-SOFTMAX = ("ring", "zigzag ring", "striped ring", "token_ring", "all_gather", "ulysses")
+SOFTMAX = ("ring", "zigzag ring", "striped ring", "token_ring", "all_gather", "zigzag all_gather", "ulysses")
 LINEAR = ("lasp", "lasp2")
 METHODS = (*SOFTMAX, *LINEAR, "lasp2h")
 
@@ -131,7 +131,7 @@ def volume(method: str, sequence: Sequence, *, backward: bool = False, rank: int
         gathered = sequence.world - 1 if step.kind == "gather" else 1
         received += (step.away + step.home) * step.times * gathered
         if step.kind == "exchange":
-            messages += ((step.away > 0) + (step.home > 0)) * step.times
+            messages += ((step.away > 0) * step.messages + (step.home > 0)) * step.times
         else:
             collectives += step.times
     return Volume(sent, received, messages, collectives)
@@ -200,8 +200,9 @@ def winner(sequence: Sequence, mesh: Mesh, methods: Iterable[str] = SOFTMAX) -> 
 
 def _schedule(method: str, sequence: Sequence, backward: bool, rank: int | None) -> Schedule:
     name, options = method, {}
-    if method.endswith(" ring"):
-        name, options = "ring", {"layout": method.removesuffix(" ring")}
+    if " " in method:
+        layout, name = method.split(" ", 1)
+        options = {"layout": layout}
         if not sequence.causal:
             raise ValueError(f"{method} balances causal attention; without it take ring")
     if name not in SCHEDULES:

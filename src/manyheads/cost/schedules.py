@@ -103,6 +103,7 @@ class Step:
         kind: "exchange" (point to point), "gather", "scatter" (reduce-scatter) or "all_to_all"; ``away`` is then what
             the rank puts into a gather, and what it sends in the others.
         times: how often the step happens.
+        messages: how many messages ``away`` is sent in.
     """
 
     flops: float | int = 0.0
@@ -111,6 +112,7 @@ class Step:
     distance: int = 1
     kind: str = "exchange"
     times: int = 1
+    messages: int = 1
 
 
 Schedule = list[Step]
@@ -129,7 +131,7 @@ def ring(s: Sequence, backward: bool, rank: int | None = None, layout: str = "co
     # Gradients of a step's keys leave after it, while the next one computes; the last journey has nothing beside it.
     return [
         Step(first, moved),
-        Step(one, moved + gradients, times=s.world - 2),
+        Step(one, moved + gradients, times=s.world - 2, messages=2),
         Step(one, gradients),
         Step(0, gradients),
     ]
@@ -160,17 +162,16 @@ def token_ring(s: Sequence, backward: bool, rank: int | None = None, layout: str
     return steps
 
 
-def all_gather(s: Sequence, backward: bool, rank: int | None = None) -> Schedule:
-    """LASP-2H's softmax layers: keys and values of all ranks on every rank, contiguous tokens."""
-    pairs = s.tokens * s.length - (s.tokens * (s.tokens - 1) / 2 if s.causal else 0)
-    flops = _attention(s, pairs, backward)
-    moved = s.keys_and_values * s.element_bytes
+def all_gather(s: Sequence, backward: bool, rank: int | None = None, layout: str = "contiguous") -> Schedule:
+    """LASP-2H's softmax layers: keys and values of all ranks on every rank, which keeps them for the backward pass."""
+    _check_layout(s, layout)
+    one, own = _block(s, backward, layout)
     if s.world == 1:
-        return [Step(flops)]
-    gather = Step(0, moved, kind="gather")
-    if not backward:
-        return [gather, Step(flops)]
-    return [gather, Step(flops), Step(0, s.keys_and_values * WIDE * (s.world - 1), kind="scatter")]
+        return [Step(own)]
+    rest = one * (s.world - 1)
+    if backward:
+        return [Step(own + rest), Step(0, s.keys_and_values * WIDE * (s.world - 1), kind="scatter")]
+    return [Step(own, s.keys_and_values * s.element_bytes, kind="gather"), Step(rest)]
 
 
 def ulysses(s: Sequence, backward: bool, rank: int | None = None) -> Schedule:
