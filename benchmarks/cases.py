@@ -171,6 +171,23 @@ def bilevel_routing(length: int, device: str, dtype: torch.dtype) -> Round:
     )
 
 
+def hilo(length: int, device: str, dtype: torch.dtype) -> Round:
+    """LITv2's stage 3: 2 heads in windows of 2 x 2, 10 heads on the map pooled 2 x 2."""
+    from manyheads.ops.hilo import hilo_attention
+
+    side = round(length**0.5)
+    grid = tuple(_normal(1, 12, side, side, 32, device=device, dtype=dtype) for _ in range(3))
+    ours = partial(hilo_attention, window=2, low_heads=10)
+    return Round(
+        grid,
+        {
+            OURS: ours,
+            SDPA: lambda q, k, v: F.scaled_dot_product_attention(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3)),
+            "the equations": partial(ours, backend="reference"),
+        },
+    )
+
+
 def channel(length: int, device: str, dtype: torch.dtype) -> Round:
     """DaViT's channel-group attention, 3 groups of 32 channels."""
     from manyheads.ops.channel import channel_attention
@@ -222,6 +239,7 @@ CASES = (
     Case("sliding window 129", "blocksparse", sliding_window),
     Case("neighborhood 7 x 7", "blocksparse", neighborhood_2d, lengths=(28 * 28, 56 * 56, 128 * 128)),
     Case("bi-level routing top-4 of 49", "blocksparse", bilevel_routing, lengths=(28 * 28, 56 * 56, 126 * 126)),
+    Case("HiLo, alpha 0.9, window 2", "dense", hilo, lengths=(14 * 14, 28 * 28, 56 * 56)),
     Case("linear with decay", "linear", linear_decay),
     Case("linear with features", "linear", linear_feature_map),
     Case("channel groups", "linear", channel),

@@ -119,6 +119,7 @@ def contestants(shape: Shape) -> dict[str, tuple[str, Callable[..., Tensor]]]:
         "lightning_attention": _lightning,
         "davit": _channel,
         "biformer": _bilevel_routing,
+        "litv2": _hilo,
         "duo_attention": _duo,
     }
     dense = ("all pairs", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=shape.causal))
@@ -178,6 +179,20 @@ def _bilevel_routing(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
         return out.flatten(2, 3)
 
     return f"top {topk} of {regions[0]} x {regions[1]}", routed
+
+
+def _hilo(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
+    from manyheads.ops.hilo import hilo_attention, low_head_count
+
+    rows, columns = shape.grid
+    window = 1 if rows % 2 or columns % 2 else 2
+    low = low_head_count(shape.heads, 0.9, window)
+
+    def split(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.unflatten(2, (rows, columns)) for x in (q, k, v))
+        return hilo_attention(q, k, v, window=window, low_heads=low).flatten(2, 3)
+
+    return f"{shape.heads - low} heads in windows, {low} on a map pooled {window} x {window}", split
 
 
 def _duo(shape: Shape) -> tuple[str, Callable[..., Tensor]]:

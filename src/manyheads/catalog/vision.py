@@ -196,6 +196,14 @@ VISION_SYSTEMS = (
         patterns=SELF,
         rooms=("ops", "layers", "models"),
         why="Some heads look at small windows, the others at a pooled map: fast with ordinary dense attention.",
+        state="works",
+        public=(
+            "manyheads.ops.hilo.hilo_attention",
+            "manyheads.layers.hilo.HiLoAttention",
+            "manyheads.layers.hilo.DeformableMerging",
+            "manyheads.models.vision.litv2.LITv2",
+            "manyheads.models.vision.litv2.LITv2Dense",
+        ),
     ),
     System(
         slug="maxvit",

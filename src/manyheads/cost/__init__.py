@@ -7,6 +7,7 @@ import inspect
 from typing import Any
 
 from manyheads.cost.formulas import Cost, Shape, bilevel_routing, channel, dense, duo, lightning, neighborhood
+from manyheads.cost.vision import hilo
 
 __all__ = ["FORMULAS", "Cost", "cost"]
 
@@ -17,6 +18,7 @@ FORMULAS = {
     "lightning_attention_2": lightning,
     "davit": channel,
     "biformer": bilevel_routing,
+    "litv2": hilo,
     "duo_attention": duo,
 }
 
@@ -43,8 +45,8 @@ def cost(
         head_dim: channels of a head.
         element_bytes: bytes of one number of the inputs, 2 for bfloat16.
         settings: the system's own sizes: ``window`` (neighborhood_attention, keys for every query), ``block``
-            (lightning), ``regions`` and ``topk`` (biformer), ``retrieval``, ``sinks``, ``recent`` and ``chunk``
-            (duo_attention), ``causal`` (dense).
+            (lightning), ``regions`` and ``topk`` (biformer), ``window`` (tokens of a side) and ``alpha`` (litv2),
+            ``retrieval``, ``sinks``, ``recent`` and ``chunk`` (duo_attention), ``causal`` (dense).
 
     Raises:
         ValueError: a system without formulas, a setting that it does not have, sizes below one, or heads that are not
@@ -65,7 +67,7 @@ def cost(
     kv_heads = heads if kv_heads is None else kv_heads
     sizes: dict[str, int] = dict(length=length, batch=batch, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
     for name, size in (sizes | {"element_bytes": element_bytes} | settings).items():
-        if size < (0 if name in ("causal", "retrieval", "sinks") else 1):
+        if size < (0 if name in ("alpha", "causal", "retrieval", "sinks") else 1):
             raise ValueError(f"{name} must be at least 1, got {size}")
     if heads % kv_heads:
         raise ValueError(f"heads ({heads}) must be a multiple of kv_heads ({kv_heads})")

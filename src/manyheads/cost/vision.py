@@ -1,0 +1,23 @@
+"""Closed formulas of the operators of vision backbones, on maps of N positions."""
+
+from __future__ import annotations
+
+from manyheads.cost.formulas import Cost, Shape
+
+
+def hilo(shape: Shape, *, window: int = 2, alpha: int | float = 0.9) -> Cost:
+    """LITv2: ``int(alpha * heads)`` heads read a map pooled ``window`` x ``window``, the others their own window."""
+    low = shape.heads if window == 1 else int(alpha * shape.heads)
+    area = window * window
+    tokens = shape.batch * shape.length
+    operations = 4.0 * tokens * shape.head_dim * ((shape.heads - low) * area + low * shape.length / area)
+    return Cost(
+        settings=f"{shape.heads - low} heads in windows of {window} x {window}, {low} on the pooled map",
+        formula="forward 4 N s^2 D a high head, 4 N (N / s^2) D a low head; backward 2.5 times that",
+        causal=False,
+        forward_flops=operations,
+        backward_flops=2.5 * operations,
+        traffic_bytes=shape.operand_bytes,
+        state_bytes=None,
+        decode_flops=None,
+    )

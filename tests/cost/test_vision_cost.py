@@ -1,0 +1,27 @@
+"""The cost formulas of vision operators against what torch counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from manyheads.cost import cost
+from manyheads.ops.hilo import hilo_attention, low_head_count
+
+SIZES = dict(batch=2, heads=4, head_dim=16, element_bytes=4)
+
+
+def _counted(function, *inputs) -> int:
+    with FlopCounterMode(display=False) as counter, torch.device("meta"):
+        function(*inputs)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(("window", "alpha"), [(2, 0.9), (2, 0), (4, 0.5), (1, 0.5)])
+def test_hilo_counts_what_torch_counts(window: int, alpha: float) -> None:
+    x = torch.randn(2, 4, 8, 12, 16, device="meta")
+    low = low_head_count(4, alpha, window)
+    found = cost("litv2", 96, window=window, alpha=alpha, **SIZES)
+    assert _counted(lambda: hilo_attention(x, x, x, window=window, low_heads=low)) == found.forward_flops
+    assert found.backward_flops == 2.5 * found.forward_flops
