@@ -123,10 +123,20 @@ def backward(
     dq = torch.zeros(query.shape, dtype=wide, device=query.device)
     dk = torch.zeros(key.shape, dtype=wide, device=key.device)
     dv = torch.zeros(value.shape, dtype=wide, device=value.device)
+    # The CPU's fused backward knows neither a gradient through lse nor one of the scores.
+    fused = query.device.type == "cpu" and query.shape[-1] == value.shape[-1] and drop is None and collect is None
+    fused = fused and key.shape[1] > 0 and (grad_lse is None or not grad_lse.any())
     for turn, chunk in enumerate(chunks(query, key, geometry, by_scores=True)):
         q, do = _take_tiles(query, chunk).to(wide), _take_tiles(grad_out, chunk).to(wide)
         k, v = take_keys(key, chunk).to(wide), take_keys(value, chunk).to(wide)
         extra, _ = additive(chunk)
+        if fused:
+            o, rows = _take_tiles(out, chunk).to(wide), _take_tiles(shift, chunk)
+            parts = _sdpa_backward(do, q, k, v, o, rows, extra, scale)
+            _put_tiles(dq, parts[0], chunk)
+            _add_keys(dk, parts[1], chunk)
+            _add_keys(dv, parts[2], chunk)
+            continue
         weights = torch.matmul(q * scale, k.transpose(-2, -1))
         if extra is not None:
             weights += extra
@@ -234,6 +244,16 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, extra: Tensor | None, scale: float) -
     if extra is not None:
         extra = extra.expand(*q.shape[:3], k.shape[2])
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=extra, scale=scale)
+
+
+def _sdpa_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, shift: Tensor, extra: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    if extra is not None:
+        extra = extra.expand(*q.shape[:3], k.shape[2])
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, q, k, v, out, shift, 0.0, False, attn_mask=extra, scale=scale
+    )
 
 
 def _softmax(
