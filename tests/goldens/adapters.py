@@ -30,4 +30,7 @@ ADAPTERS = _Adapters(
     lightning_attention_2="lightning_attention_2",
     retrieval_heads="retrieval_heads",
     duo_attention="duo_attention",
+    ring_self_attention="ring_self_attention",
+    token_ring="token_ring",
+    lasp2="lasp2",
 )

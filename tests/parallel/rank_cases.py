@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from manyheads import parallel
+from manyheads.engines.common import accumulation_dtype
 from manyheads.engines.dense import attention
 from manyheads.engines.linear import linear_attention
 from manyheads.parallel import record, shard
@@ -78,7 +79,7 @@ def softmax_case(
     cu_key = cu_seqlens if cu_seqlens_key is None else cu_seqlens_key
     given = dict(causal=causal, cu_seqlens=cu_seqlens, cu_seqlens_key=cu_seqlens_key)
 
-    wholes = [t.double().requires_grad_() for t in (query, key, value)]
+    wholes = [t.double().clone().requires_grad_() for t in (query, key, value)]
     mask = None if key_mask is None else key_mask[:, None, None]
     lengths = {n: None if given[n] is None else torch.tensor(given[n]) for n in ("cu_seqlens", "cu_seqlens_key")}
     scale = options.get("scale")
@@ -146,14 +147,15 @@ def linear_case(
     value, grad = normal(batch, kv_heads, tokens, value_width), normal(batch, heads, tokens, value_width)
     shapes = {"constant": (heads,), "learned": (heads,), "token": (batch, heads, tokens)}
     shapes["channel"] = (batch, heads, tokens, width)
-    decay = -0.3 * torch.rand(shapes[gates], generator=generator) if gates != "none" else None
-    first = torch.randn(batch, heads, width, value_width + normalize, generator=generator) if state else None
+    wide = accumulation_dtype(dtype_)
+    decay = -0.3 * torch.rand(shapes[gates], generator=generator).to(wide) if gates != "none" else None
+    first = torch.randn(batch, heads, width, value_width + normalize, generator=generator).to(wide) if state else None
     grads_state = torch.randn(world, batch, heads, width, value_width + normalize, generator=generator)
     options = dict(feature_map=feature_map, normalize=normalize)
 
-    wholes = [t.double().requires_grad_() for t in (query, key, value)]
-    whole_decay = None if decay is None else decay.double().requires_grad_(gates != "constant")
-    whole_first = None if first is None else first.double().requires_grad_()
+    wholes = [t.double().clone().requires_grad_() for t in (query, key, value)]
+    whole_decay = None if decay is None else decay.double().clone().requires_grad_(gates != "constant")
+    whole_first = None if first is None else first.double().clone().requires_grad_()
     want, want_state = linear_attention(
         *wholes, log_decay=whole_decay, causal=causal, initial_state=whole_first, return_state=True,
         cu_seqlens=None if cu_seqlens is None else torch.tensor(cu_seqlens), backend="reference", **options,

@@ -116,7 +116,8 @@ def _context():
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["manyheads.parallel"])
+    # The first call of a custom operator imports torch._dynamo, which takes as long as importing torch.
+    context.set_forkserver_preload(["manyheads.parallel", "torch._dynamo"])
     return context
 
 

@@ -211,22 +211,15 @@ def rsa_linformer(
 def _connect(call, group, timeout, query, key, value, reduction, *options, projections=()) -> Wire:
     def describe(wire: Wire) -> tuple[dict[str, Any], None]:
         check_choice("reduction", reduction, REDUCTIONS)
-        if key is not None:
+        if key is None:
+            _check_weights(query, value, wire.world)
+        else:
             check_qkv(query, key, value)
-        elif query.shape[0] != value.shape[0] or query.shape[1] % value.shape[1]:
-            raise ValueError(f"weights {tuple(query.shape)} and value {tuple(value.shape)} do not fit")
-        elif query.shape[-1] != value.shape[2] * wire.world:
-            raise ValueError(f"weights have {query.shape[-1]} columns, the ranks {value.shape[2] * wire.world} values")
-        for name, projection in zip(("key_projection", "value_projection"), projections):
-            if projection.ndim != 2 or projection.shape[1] != key.shape[2]:
-                raise ValueError(f"{name} must be (projected, {key.shape[2]} keys), got {tuple(projection.shape)}")
-        if call == "rsa_attention":
-            causal, _, mask = options
-            if causal and query.shape[2] != key.shape[2]:
-                raise ValueError(f"causal attention needs as many keys ({key.shape[2]}) as queries ({query.shape[2]})")
-            wanted = (key.shape[0], key.shape[2] * wire.world)
-            if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != wanted):
-                raise ValueError(f"key_mask must be boolean {wanted}, got {mask.dtype} {tuple(mask.shape)}")
+            for name, projection in zip(("key_projection", "value_projection"), projections):
+                if projection.ndim != 2 or projection.shape[1] != key.shape[2]:
+                    raise ValueError(f"{name} must be (projected, {key.shape[2]} keys), got {tuple(projection.shape)}")
+            if call == "rsa_attention":
+                _check_masks(query, key, wire.world, *options)
         tensors = [t for t in (query, key, value, *projections) if t is not None]
         learns = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         plain = [o for o in options if not isinstance(o, Tensor)]
@@ -234,6 +227,21 @@ def _connect(call, group, timeout, query, key, value, reduction, *options, proje
                 "options": plain, "whether gradients are wanted": learns}, None  # fmt: skip
 
     return connect(call, group, timeout, describe)[0]
+
+
+def _check_weights(weights: Tensor, value: Tensor, world: int) -> None:
+    if weights.ndim != 4 or value.ndim != 4 or weights.shape[0] != value.shape[0] or weights.shape[1] % value.shape[1]:
+        raise ValueError(f"weights {tuple(weights.shape)} and value {tuple(value.shape)} do not fit")
+    if weights.shape[-1] != value.shape[2] * world:
+        raise ValueError(f"weights have {weights.shape[-1]} columns, the ranks {value.shape[2] * world} values")
+
+
+def _check_masks(query: Tensor, key: Tensor, world: int, causal: bool, scale: float, mask: Tensor | None) -> None:
+    if causal and query.shape[2] != key.shape[2]:
+        raise ValueError(f"causal attention needs as many keys ({key.shape[2]}) as queries ({query.shape[2]})")
+    wanted = (key.shape[0], key.shape[2] * world)
+    if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != wanted):
+        raise ValueError(f"key_mask must be boolean {wanted}, got {mask.dtype} {tuple(mask.shape)}")
 
 
 def _fold(tensor: Tensor, kv_heads: int) -> Tensor:

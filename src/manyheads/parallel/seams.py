@@ -1,0 +1,157 @@
+"""Where a sharded sequence enters a model that knows nothing of it: its attention, its linear layers, its gradients.
+
+Every seam is a context manager that leaves the model as it found it. Softmax attention is replaced through transformers'
+``AttentionInterface``, linear attention through the ``operator`` of the library's layers, and gradients are summed by
+hooks: on the parameters, or, where FSDP holds them, after its reduce-scatter.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import AttentionInterface
+
+from manyheads.layers.lightning import TNLAttention
+from manyheads.parallel.wire import Wire
+
+_PREFIX = "manyheads_context_parallel_"
+_NUMBER = itertools.count()
+# What transformers hands to attention functions of some models, and a sharded softmax does not compute.
+_UNKNOWN = ("softcap", "s_aux", "position_bias", "alibi", "head_mask")
+
+
+def pretrained(model: nn.Module) -> Any:
+    """The Hugging Face model inside (a PEFT model wraps one), or None where there is none."""
+    unwrap: Any = getattr(model, "get_base_model", None)
+    inner = model if unwrap is None else unwrap()
+    return inner if hasattr(inner, "config") and hasattr(inner, "set_attn_implementation") else None
+
+
+def linear_layers(model: nn.Module) -> list[TNLAttention]:
+    """The library's linear attention layers in the model."""
+    return [part for part in model.modules() if isinstance(part, TNLAttention)]
+
+
+@contextmanager
+def softmax_attention(owner: Any, compute: Callable[[Tensor, Tensor, Tensor, float, Any], Tensor]) -> Iterator[None]:
+    """Let ``compute(query, key, value, scale, passed)`` be the attention of a Hugging Face model.
+
+    ``passed`` is the keyword argument ``context_parallel`` of the model's call, where the model hands it on.
+    """
+    configs = _configs(owner)
+    if str(owner.config.get_text_config()._attn_implementation).startswith("manyheads_"):
+        raise RuntimeError("something is attached to this model's attention already; leave its with block first")
+    name = f"{_PREFIX}{next(_NUMBER)}"
+
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+    ) -> tuple[Tensor, None]:
+        if not options.get("is_causal", getattr(module, "is_causal", True)):
+            raise ValueError(f"{type(module).__name__} is not causal: only causal language models can be sharded")
+        if options.get("dropout"):
+            raise ValueError(
+                f"attention dropout is {options['dropout']}: it would need the same random numbers as one device; set "
+                "it to 0 in the model's configuration"
+            )
+        for option in _UNKNOWN:
+            if options.get(option) is not None:
+                raise ValueError(f"{type(module).__name__} attends with {option!r}, which a sharded softmax lacks")
+        window, passed = options.get("sliding_window"), options.get("context_parallel")
+        scale = options.get("scaling")
+        out = compute(
+            query, key, value, query.shape[-1] ** -0.5 if scale is None else float(scale), _Call(passed, window)
+        )
+        return out.transpose(1, 2), None
+
+    # No mask function under this name: transformers then builds no mask, and causality is the scheme's.
+    AttentionInterface.register(name, attend)
+    try:
+        owner.set_attn_implementation(name)
+        if owner.config.get_text_config()._attn_implementation != name:
+            raise ValueError(f"{type(owner).__name__} does not compute its attention through AttentionInterface")
+        yield
+    finally:
+        for config, implementation in configs:
+            config._attn_implementation_internal = implementation
+        AttentionInterface._global_mapping.pop(name, None)
+
+
+class _Call:
+    def __init__(self, passed: Any, window: int | None):
+        self.passed, self.window = passed, window
+
+
+@contextmanager
+def linear_attention(layers: list[TNLAttention], operator: Callable[..., Any]) -> Iterator[None]:
+    """Let ``operator`` compute the linear layers' attention."""
+    before = [layer.operator for layer in layers]
+    for layer in layers:
+        layer.operator = operator
+    try:
+        yield
+    finally:
+        for layer, old in zip(layers, before):
+            layer.operator = old
+
+
+@contextmanager
+def summed_gradients(model: nn.Module, wire: Wire) -> Iterator[None]:
+    """Sum every gradient over the ranks that share a sequence, in float32, before it is accumulated."""
+
+    def total(grad: Tensor) -> Tensor:
+        with wire.guard():
+            whole = grad.detach().to(torch.promote_types(grad.dtype, torch.float32), copy=True).contiguous()
+            wire.all_reduce(whole, "gradient of parameters").wait()
+        return whole.to(grad.dtype)
+
+    def total_in_place(grad: Tensor) -> None:
+        grad.copy_(total(grad))
+
+    sharded = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    _check_meshes(model, wire)
+    handles = []
+    if wire.world > 1:
+        for part in sharded:
+            part.set_all_reduce_hook(total_in_place)
+        plain = [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+        handles = [parameter.register_hook(total) for parameter in plain]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for part in sharded:
+            part.set_all_reduce_hook(None)  # pyright: ignore[reportArgumentType]
+
+
+def _check_meshes(model: nn.Module, wire: Wire) -> None:
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            shared = set(parameter.device_mesh.mesh.flatten().tolist()) & set(wire.members)
+            if len(shared) > 1:
+                raise ValueError(
+                    f"{name} is sharded over ranks {sorted(shared)}, which also share a sequence: shard it over the "
+                    "other dimension of the mesh, or pass gradients='averaged'"
+                )
+
+
+def _configs(owner: Any) -> list[tuple[Any, Any]]:
+    found: dict[int, Any] = {
+        id(part.config): part.config for part in owner.modules() if hasattr(part, "set_attn_implementation")
+    }
+    waiting = list(found.values())
+    while waiting:
+        config = waiting.pop()
+        for name in getattr(config, "sub_configs", ()):
+            inner = getattr(config, name, None)
+            if inner is not None and id(inner) not in found:
+                found[id(inner)] = inner
+                waiting.append(inner)
+    return [(config, config._attn_implementation_internal) for config in found.values()]
