@@ -111,7 +111,7 @@ def _choose(query: Tensor, key: Tensor, plan: BlockPlan, bias: Tensor | TableBia
     read = plan.index.shape[-1] * plan.key_block
     small = queries * keys <= DENSE_PAIRS and plan.index.ndim == 2 and plan.index.shape[0] > 1
     by_class = isinstance(bias, TableBias) and isinstance(bias.index, Tensor)
-    return "dense" if small and 4 * read > keys and not by_class else "tiles"
+    return "dense" if small and 2 * read > keys and not by_class else "tiles"
 
 
 def _reference(query, key, value, plan, predicate, bias, scale) -> tuple[Tensor, Tensor]:

@@ -118,7 +118,8 @@ def _segments(axis: Axis, size: int) -> list[_Segment]:
 def _cost(axes: tuple[Axis, ...], sizes: tuple[int, ...]) -> int:
     tables = [_segments(axis, size) for axis, size in zip(axes, sizes)]
     tiles, keys = prod(len(table) for table in tables), prod(sum(one.keys for one in table) for table in tables)
-    return keys * (prod(sizes) + KEY) + tiles * TILE
+    gathering = KEY if len(axes) > 1 else 0  # along one axis the keys of a tile are consecutive: a view
+    return keys * (prod(sizes) + gathering) + tiles * TILE
 
 
 def tile_sizes(axes: tuple[Axis, ...]) -> tuple[tuple[int, ...], int]:
