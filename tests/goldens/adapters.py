@@ -23,6 +23,7 @@ class _Adapters(dict):
 ADAPTERS = _Adapters(
     davit="davit",
     litv2="litv2",
+    transnext="transnext",
     maxvit="maxvit",
     biformer="biformer",
     neighborhood_attention="neighborhood_attention",

@@ -1,18 +1,22 @@
 """Attention layers (projections around an operator), one file per layer."""
 
 from manyheads.layers.biformer import BiLevelRoutingAttention
-from manyheads.layers.conv_ffn import ConvFeedForward
+from manyheads.layers.conv_ffn import ConvFeedForward, ConvGLU
 from manyheads.layers.davit import ChannelAttention, ConvPositionEncoding, WindowAttention
 from manyheads.layers.hilo import DeformableMerging, HiLoAttention
 from manyheads.layers.lightning import TNLAttention
 from manyheads.layers.maxvit import MBConv, MultiAxisAttention, PartitionAttention
 from manyheads.layers.neighborhood import NeighborhoodAttention
+from manyheads.layers.transnext import AggregatedAttention, CosineAttention
 
 __all__ = [
+    "AggregatedAttention",
     "BiLevelRoutingAttention",
     "ChannelAttention",
     "ConvFeedForward",
+    "ConvGLU",
     "ConvPositionEncoding",
+    "CosineAttention",
     "DeformableMerging",
     "HiLoAttention",
     "MBConv",

@@ -42,6 +42,33 @@ class ConvFeedForward(nn.Module):
         return self.fc2(F.gelu(_on_channels_last(self.dwconv, self.fc1(x))))
 
 
+class ConvGLU(nn.Module):
+    """Convolutional gated linear unit: the gate of a channel looks at the 3 x 3 neighbourhood, on channels-last maps.
+
+    Args:
+        dim: width of input and output.
+        hidden: width of the gate and of the value; two thirds of an FFN's hidden width make both equally large.
+
+    Shape: (batch, X, Y, dim), returned as it came.
+
+    Source: "TransNeXt", arXiv 2311.17132, section 3.4.
+
+    >>> import torch
+    >>> ConvGLU(8, 21)(torch.randn(2, 5, 6, 8)).shape
+    torch.Size([2, 5, 6, 8])
+    """
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 2 * hidden)
+        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Float[Tensor, "batch X Y dim"]) -> Float[Tensor, "batch X Y dim"]:
+        gate, value = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(F.gelu(_on_channels_last(self.dwconv, gate)) * value)
+
+
 def initialise_convolution(convolution: nn.Conv2d) -> None:
     """Normal weights with variance 2 / fan_out and zero bias, as pyramid transformers begin.
 

@@ -1,5 +1,6 @@
 """Attention operators: pure functions on tensors, one file per operator."""
 
+from manyheads.ops.aggregated import aggregated_attention, length_scaled_query
 from manyheads.ops.bilevel_routing import bilevel_routing_attention
 from manyheads.ops.channel import channel_attention
 from manyheads.ops.hilo import hilo_attention, low_head_count
@@ -11,11 +12,13 @@ from manyheads.ops.streaming import streaming_attention
 from manyheads.ops.window import window_attention, window_merge, window_partition
 
 __all__ = [
+    "aggregated_attention",
     "bilevel_routing_attention",
     "block_attention",
     "channel_attention",
     "grid_attention",
     "hilo_attention",
+    "length_scaled_query",
     "lightning_attention",
     "lightning_attention_step",
     "lightning_slopes",

@@ -1,0 +1,326 @@
+"""TransNeXt: a pyramid of aggregated attention and convolutional GLUs, for images of any size.
+
+    stage:  overlapping Conv (7x7 stride 4 first, then 3x3 stride 2), LN, blocks, LN
+    block:  x <- x + Attention(LN(x));  x <- x + ConvGLU(LN(x))
+    head:   mean over positions, Linear
+
+Stages with a pooling ratio above 1 attend to a 3x3 neighbourhood and to a pooled map in one softmax; the last stage
+attends to everything. Length scaling and a position bias that is a function of distance serve other image sizes than
+those of the training. Inside, a map is (batch, X, Y, channels); in ``features_only`` it is the same memory seen as
+(batch, channels, X, Y).
+
+Source: "TransNeXt: Robust Foveal Visual Perception for Vision Transformers", arXiv 2311.17132.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, trunc_normal_
+from timm.models import checkpoint as recompute
+from torch import Tensor, nn
+
+from manyheads.engines.common import check_choice
+from manyheads.layers.conv_ffn import ConvGLU, initialise_convolution
+from manyheads.layers.transnext import AggregatedAttention, CosineAttention
+from manyheads.models.checkpoints import State, rename
+from manyheads.models.registry import register
+from manyheads.models.vision.features import check_image, stage_indices
+
+EPS = 1e-6  # of block and stage norms; patch embeddings and pooled branches have 1e-5
+
+
+class Block(nn.Module):
+    """Attention and convolutional GLU, on (batch, X, Y, channels)."""
+
+    def __init__(self, dim: int, attention: nn.Module, mlp_ratio: int | float, drop_path: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=EPS)
+        self.attn = attention
+        self.norm2 = nn.LayerNorm(dim, eps=EPS)
+        self.mlp = ConvGLU(dim, 2 * int(mlp_ratio * dim) // 3)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class PatchEmbed(nn.Module):
+    """An overlapping convolution and LN: (batch, X, Y, channels) to a coarser map."""
+
+    def __init__(self, in_chans: int, dim: int, kernel: int, stride: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, kernel, stride=stride, padding=kernel // 2)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class Stage(nn.Module):
+    """Patch embedding, blocks and LN, on (batch, X, Y, channels)."""
+
+    def __init__(self, patch_embed: PatchEmbed, blocks: list[Block], dim: int) -> None:
+        super().__init__()
+        self.grad_checkpointing = False
+        self.patch_embed = patch_embed
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(dim, eps=EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch_embed(x)
+        for block in self.blocks:
+            x = recompute(block, x) if self.grad_checkpointing and self.training else block(x)
+        return self.norm(x)
+
+
+class TransNeXt(nn.Module):
+    """The TransNeXt classifier and backbone, for images of any size.
+
+    Args:
+        in_chans: channels of the image.
+        num_classes: width of the classifier; 0 leaves it away and returns the pooled, normed features.
+        embed_dims: width of each stage.
+        depths: blocks in each stage.
+        num_heads: attention heads in each stage.
+        mlp_ratios: per stage, hidden width of an FFN by the block's width; the GLU takes two thirds of it.
+        sr_ratios: per stage, side of the map by side of the pooled map; 1 is plain attention.
+        window_size: side of the neighbourhood, odd.
+        img_size: side of the images, in pixels, for which position biases are made before they are resized
+            ("interpolate").
+        pretrain_size: side of the images of the pre-training, at least 64; None means ``img_size``. It sets the unit
+            of the distances: keep it where a model is fine-tuned or evaluated at another size.
+        position_bias: for images of other sizes "extrapolate" evaluates the bias network at the actual distances;
+            "interpolate", the default of the authors' dense-prediction code, resizes the biases of ``img_size``.
+        fixed_pool_size: cells a side of the pooled maps whatever the image, which makes the cost linear in the
+            pixels ("linear inference mode"); None follows ``sr_ratios``.
+        qkv_bias: bias of the attention's input projections.
+        attn_drop_rate: dropout on attention weights.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block; rises linearly from 0.
+
+    Shape: images (batch, in_chans, height, width) to logits (batch, num_classes).
+
+    Raises:
+        ValueError: stage options of different lengths, widths that heads do not divide, an even window,
+            ``pretrain_size`` below 64; in ``forward``, an image that is empty, has another number of channels, or is
+            too small for a stage's pooling.
+
+    Source: "TransNeXt: Robust Foveal Visual Perception for Vision Transformers", arXiv 2311.17132.
+
+    >>> import torch
+    >>> model = TransNeXt(embed_dims=(24, 48), depths=(1, 1), num_heads=(1, 2), mlp_ratios=(4, 4), sr_ratios=(2, 1),
+    ...                   num_classes=10)
+    >>> model(torch.randn(2, 3, 40, 33)).shape
+    torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dims: Sequence[int] = (48, 96, 192, 384),
+        depths: Sequence[int] = (2, 2, 15, 2),
+        num_heads: Sequence[int] = (2, 4, 8, 16),
+        mlp_ratios: Sequence[int | float] = (8, 8, 4, 4),
+        sr_ratios: Sequence[int] = (8, 4, 2, 1),
+        window_size: int = 3,
+        img_size: int = 224,
+        pretrain_size: int | None = None,
+        position_bias: str = "extrapolate",
+        fixed_pool_size: int | None = None,
+        qkv_bias: bool = True,
+        attn_drop_rate: int | float = 0.0,
+        drop_rate: int | float = 0.0,
+        drop_path_rate: int | float = 0.0,
+    ) -> None:
+        super().__init__()
+        per_stage = {"embed_dims": embed_dims, "depths": depths, "num_heads": num_heads}
+        per_stage |= {"mlp_ratios": mlp_ratios, "sr_ratios": sr_ratios}
+        if len({len(option) for option in per_stage.values()}) > 1:
+            raise ValueError(f"options differ in length: {per_stage}")
+        pretrain_size = img_size if pretrain_size is None else pretrain_size
+        if min(pretrain_size, img_size) < 64:
+            raise ValueError(
+                f"pretrain_size={pretrain_size} and img_size={img_size} must be at least 64 pixels: distances are "
+                "divided by the last stage's side minus 1"
+            )
+        self.in_chans, self.num_classes, self.drop_rate = in_chans, num_classes, drop_rate
+        self.num_features = self.head_hidden_size = embed_dims[-1]
+        rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
+        stages = []
+        for s, (dim, depth, heads, mlp_ratio, ratio) in enumerate(
+            zip(embed_dims, depths, num_heads, mlp_ratios, sr_ratios)
+        ):
+            sizes = {
+                "pretrain_side": pretrain_size // 2 ** (s + 2),
+                "base": (img_size // 2 ** (s + 2),) * 2,
+                "position_bias": position_bias,
+                "qkv_bias": qkv_bias,
+                "attn_drop": attn_drop_rate,
+            }
+
+            def mixer(dim: int = dim, heads: int = heads, ratio: int = ratio, sizes: dict = sizes) -> nn.Module:
+                if ratio == 1:
+                    return CosineAttention(dim, heads, **sizes)
+                pooling = {"sr_ratio": ratio, "fixed_pool_size": fixed_pool_size}
+                return AggregatedAttention(dim, heads, window=window_size, **pooling, **sizes)
+
+            embed = PatchEmbed(embed_dims[s - 1], dim, 3, 2) if s else PatchEmbed(in_chans, dim, 7, 4)
+            stages.append(Stage(embed, [Block(dim, mixer(), mlp_ratio, next(rates)) for _ in range(depth)], dim))
+        self.stages = nn.ModuleList(stages)
+        self.feature_info = [
+            {"num_chs": dim, "reduction": 4 * 2**s, "module": f"stages.{s}"} for s, dim in enumerate(embed_dims)
+        ]
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.apply(_initialise)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute blocks in the backward pass instead of keeping their activations."""
+        for stage in self.modules():
+            if isinstance(stage, Stage):
+                stage.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Query embeddings, local biases, the bias networks and temperatures, as the recipe trains them."""
+        kept = ("query_embedding", "relative_pos_bias_local", "cpb", "temperature")
+        return {name for name, _ in self.named_parameters() if any(part in name for part in kept)}
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Parameter groups from stem to head, for timm's layer-wise learning rate decay."""
+        blocks = (
+            r"^stages\.(\d+)" if coarse else [(r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^stages\.(\d+)", (999,))]
+        )
+        return {"stem": r"^stages\.0\.patch_embed", "blocks": blocks}
+
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh classifier of another width; the pooling is always the mean."""
+        check_choice("global_pool", global_pool or "avg", ("avg",))
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.head.to(next(self.stages.parameters()).device)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Normed maps of the stages ``indices`` (all for None, the last n for an int).
+
+        ``norm`` has nothing to do, because every stage ends with its LayerNorm.
+        """
+        check_choice("output_fmt", output_fmt, ("NCHW",))
+        wanted = stage_indices(len(self.stages), indices)
+        check_image(x, self.in_chans)
+        x = x.permute(0, 2, 3, 1)
+        maps = []
+        for s, stage in enumerate(self.stages[: max(wanted) + 1] if stop_early else self.stages):
+            x = stage(x)
+            if s in wanted:
+                maps.append(x.permute(0, 3, 1, 2))
+        return maps if intermediates_only else (x, maps)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages after the last one wanted, and the classifier; ``prune_norm`` has nothing to drop."""
+        wanted = stage_indices(len(self.stages), indices)
+        self.stages = self.stages[: max(wanted) + 1]
+        if prune_head:
+            self.head = nn.Identity()
+        return wanted
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last stage's normed map, (batch, X, Y, channels)."""
+        check_image(x, self.in_chans)
+        x = x.permute(0, 2, 3, 1)
+        for stage in self.stages:
+            x = stage(x)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Mean over positions, then classify; ``pre_logits`` stops before the classifier."""
+        pooled = F.dropout(x.mean((1, 2)), self.drop_rate, self.training)
+        return pooled if pre_logits else self.head(pooled)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def checkpoint_filter_fn(state: State, model: nn.Module) -> State:
+    """The authors' layout, renamed to ours; nothing in a file depends on the resolution."""
+    state = rename(state, _OFFICIAL)
+    if getattr(model, "num_classes", 1) == 0:
+        state = {key: value for key, value in state.items() if not key.startswith("head.")}
+    # The authors' 1 x 1 convolution is our linear map.
+    return {
+        key: value.flatten(1) if key.endswith(".attn.sr.weight") and value.ndim == 4 else value
+        for key, value in state.items()
+    }
+
+
+_OFFICIAL = [
+    *((rf"^patch_embed{s + 1}\.", f"stages.{s}.patch_embed.") for s in range(4)),
+    *((rf"^block{s + 1}\.", f"stages.{s}.blocks.") for s in range(4)),
+    *((rf"^norm{s + 1}\.", f"stages.{s}.norm.") for s in range(4)),
+    (r"\.mlp\.dwconv\.dwconv\.", ".mlp.dwconv."),
+    (r"\.attn\.cpb_fc", ".attn.position.cpb_fc"),
+]
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
+        initialise_convolution(module)
+    elif isinstance(module, AggregatedAttention):
+        # A 1 x 1 convolution in the authors' code, and begun like one.
+        nn.init.normal_(module.sr.weight, std=(2 / module.sr.out_features) ** 0.5)
+
+
+def _options(width: int, depths: tuple[int, ...], drop_path: float, **rest: object) -> dict:
+    widths = tuple(width * 2**s for s in range(4))
+    heads = tuple(w // 24 for w in widths)
+    return {"embed_dims": widths, "depths": depths, "num_heads": heads, "drop_path_rate": drop_path, **rest}
+
+
+_DEEP, _DEEPER = (5, 5, 22, 5), (5, 5, 23, 5)
+_384 = {"img_size": 384, "pretrain_size": 224}
+VARIANTS = {
+    "transnext_micro": _options(48, (2, 2, 15, 2), 0.15),
+    "transnext_tiny": _options(72, (2, 2, 15, 2), 0.25),
+    "transnext_small": _options(72, _DEEP, 0.45),
+    "transnext_base": _options(96, _DEEPER, 0.6),
+    "transnext_small_384": _options(72, _DEEP, 0.7, **_384),
+    "transnext_base_384": _options(96, _DEEPER, 0.8, **_384),
+    # Aggregated attention in all four stages.
+    "transnext_micro_aaaa": _options(48, (2, 2, 15, 2), 0.15, sr_ratios=(16, 8, 4, 2), img_size=256),
+}
+for _name, _variant in VARIANTS.items():
+    _side = int(_variant.get("img_size", 224))
+    register(
+        _name,
+        TransNeXt,
+        _variant,
+        convert=checkpoint_filter_fn,
+        feature_cls="getter",
+        first_conv="stages.0.patch_embed.proj",
+        classifier="head",
+        input_size=(3, _side, _side),
+        pool_size=(_side // 32, _side // 32),
+        crop_pct=1.0 if _side == 384 else 0.875,
+        **({"crop_mode": "squash"} if _side == 384 else {}),
+    )
