@@ -14,7 +14,6 @@ Source: "MaxViT: Multi-Axis Vision Transformer", arXiv 2204.01697.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from manyheads.engines.common import check_choice
 from manyheads.engines.dense import attention
+from manyheads.layers.activations import TanhGELU
 from manyheads.layers.relative_bias import RelativeBiasMlp, RelativeBiasTable
 from manyheads.ops.multi_axis import partition_sizes
 
@@ -55,14 +55,14 @@ class Flavour:
     ln_eps: float
 
     @property
-    def conv_act(self) -> type[nn.Module] | partial:
+    def conv_act(self) -> type[nn.Module]:
         """Constructor of the convolutions' activation."""
-        return partial(nn.GELU, approximate="tanh") if self.tanh_gelu else nn.SiLU
+        return TanhGELU if self.tanh_gelu else nn.SiLU
 
     @property
-    def mlp_act(self) -> type[nn.Module] | partial:
+    def mlp_act(self) -> type[nn.Module]:
         """Constructor of the MLPs' activation."""
-        return partial(nn.GELU, approximate="tanh") if self.tanh_gelu else nn.GELU
+        return TanhGELU if self.tanh_gelu else nn.GELU
 
 
 _RW = Flavour("table", False, False, False, False, False, 1 / 16, 1e-5, 1e-6)
@@ -289,9 +289,9 @@ class MBConv(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Float[Tensor, "batch dim X Y"]) -> Float[Tensor, "batch out_dim rows columns"]:
-        y = self.act(self.norm1(self.conv1_1x1(self.pre_norm(x))))
+        y = self.act(self.norm1(pointwise(self.conv1_1x1, self.pre_norm(x))))
         y = self.se(self.act(self.norm2(self.conv2_kxk(y))))
-        return self.shortcut(x) + self.drop_path(self.conv3_1x1(y))
+        return self.shortcut(x) + self.drop_path(pointwise(self.conv3_1x1, y))
 
 
 class Shortcut(nn.Module):
@@ -302,7 +302,14 @@ class Shortcut(nn.Module):
         self.expand = nn.Conv2d(dim, out_dim, 1, bias=bias) if dim != out_dim else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.expand(F.avg_pool2d(x, 2, ceil_mode=True))
+        x = F.avg_pool2d(x, 2, ceil_mode=True)
+        return pointwise(self.expand, x) if isinstance(self.expand, nn.Conv2d) else x
+
+
+def pointwise(convolution: nn.Conv2d, x: Tensor) -> Tensor:
+    """A 1 x 1 convolution as the matrix product that it is on a channels-last map, from and to (batch, dim, X, Y)."""
+    weight = convolution.weight[:, :, 0, 0]
+    return F.linear(x.permute(0, 2, 3, 1), weight, convolution.bias).permute(0, 3, 1, 2)
 
 
 class Conv3x3(nn.Conv2d):
@@ -318,9 +325,11 @@ class Conv3x3(nn.Conv2d):
         even = [self.same and self.stride[0] == 2 and side % 2 == 0 for side in input.shape[2:]]
         if not any(even):
             return super().forward(input)
+        # With padding 2 the second output reads what "SAME" gives the first: dropping one is cheaper than padding the
+        # end only, which copies the map.
         tall, wide = even
-        padded = F.pad(input, (int(not wide), 1, int(not tall), 1))
-        return F.conv2d(padded, self.weight, self.bias, self.stride, 0, 1, self.groups)
+        out = F.conv2d(input, self.weight, self.bias, self.stride, (1 + tall, 1 + wide), 1, self.groups)
+        return out[:, :, int(tall) :, int(wide) :]
 
 
 def _with_dropout(query, key, value, keys, bias, rate) -> Tensor:

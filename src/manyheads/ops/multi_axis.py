@@ -182,6 +182,8 @@ def _attend(query, key, value, kind, partition, bias_table, mask, scale, backend
         bias = relative_bias(bias_table, sizes)
         if bias.shape[0] != query.shape[1]:
             raise ValueError(f"bias_table has {bias.shape[0]} heads, the query {query.shape[1]}")
+    if not query.numel():
+        return query.new_zeros(*query.shape[:4], value.shape[-1])
     divide: Callable = window_partition if kind == "block" else grid_partition
     merge: Callable = window_merge if kind == "block" else grid_merge
     keys = None if mask is None else divide(mask[:, None, ..., None], sizes)[:, :, None, :, 0]

@@ -48,6 +48,7 @@ class Stem(nn.Module):
         self.conv2 = Conv3x3(widths[0], widths[1], **options)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
         return self.conv2(self.act(self.norm1(self.conv1(x))))
 
 
