@@ -67,22 +67,27 @@ class LocalRanks:
         Raises:
             RuntimeError: a rank raised, ended or took longer than the timeout; the message says which and why.
         """
-        results = self.attempt(function, *args)
-        failed = {rank: result for rank, result in enumerate(results) if isinstance(result, BaseException)}
+        outcomes = self._ask(function, args)
+        failed = {rank: result for rank, (raised, result) in enumerate(outcomes) if raised}
         if failed:
             said = "\n".join(f"rank {rank}: {type(e).__name__}: {e}" for rank, e in failed.items())
             raise RuntimeError(f"{len(failed)} of {self.world} ranks failed\n{said}") from next(iter(failed.values()))
-        return results
+        return [result for _, result in outcomes]
 
     def attempt(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """As :meth:`run`, but an exception is the result of the rank that raised it."""
+        return [result for _, result in self._ask(function, args)]
+
+    def _ask(self, function: Callable[..., Any], args: tuple) -> list[tuple[bool, Any]]:
+        """(whether it raised, result or exception) of every rank."""
         request = pickle.dumps((function, args))
         for pipe in self._pipes:
             try:
                 pipe.send_bytes(request)
             except OSError:
                 continue  # a rank that ended earlier: found out below
-        results: list[Any] = [TimeoutError(f"no result within {self.timeout:g} s")] * self.world
+        late = TimeoutError(f"no result within {self.timeout:g} s")
+        results: list[tuple[bool, Any]] = [(True, late)] * self.world
         waiting, deadline = dict(zip(self._pipes, range(self.world))), time.monotonic() + self.timeout
         while waiting and time.monotonic() < deadline:
             for pipe in wait(list(waiting), timeout=max(0.0, deadline - time.monotonic())):
@@ -91,7 +96,8 @@ class LocalRanks:
                     results[rank] = pickle.loads(self._pipes[rank].recv_bytes())
                 except (EOFError, OSError):
                     self._processes[rank].join(5)
-                    results[rank] = ProcessLookupError(f"ended with exit code {self._processes[rank].exitcode}")
+                    ended = ProcessLookupError(f"ended with exit code {self._processes[rank].exitcode}")
+                    results[rank] = True, ended
         return results
 
     def close(self) -> None:
@@ -134,20 +140,19 @@ def _serve(rank: int, world: int, port: int, pipe: Connection, path: Sequence[st
         except (EOFError, OSError):
             os._exit(0)  # the owner closed the pipe or ended; a group in an unknown state is not waited for
         except BaseException as problem:
-            result: Any = problem
+            outcome: tuple[bool, Any] = True, problem
         else:
-            result = _outcome(function, args)
+            outcome = _outcome(function, args)
         try:
-            answer = pickle.dumps(result)
+            answer = pickle.dumps(outcome)
         except Exception as problem:
-            answer = pickle.dumps(TypeError(f"the result cannot be sent back: {problem}"))
+            answer = pickle.dumps((True, TypeError(f"the result cannot be sent back: {problem}")))
         pipe.send_bytes(answer)
 
 
-def _outcome(function: Callable[..., Any], args: tuple) -> Any:
+def _outcome(function: Callable[..., Any], args: tuple) -> tuple[bool, Any]:
     try:
-        return function(*args)
+        return False, function(*args)
     except Exception as problem:
-        if hasattr(problem, "add_note"):
-            problem.add_note(traceback.format_exc())
-        return problem
+        problem.add_note(traceback.format_exc())
+        return True, problem

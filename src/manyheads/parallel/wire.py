@@ -9,7 +9,6 @@ that died or stalls, instead of blaming their neighbour.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import time
 import zlib
@@ -59,34 +58,43 @@ class Wire:
         """Post the arguments, read everybody's: ``own`` of all ranks, or an error on all where ``same`` differs."""
         if self.world == 1:
             return [own]
-        number = next(_COUNTERS[self.prefix][1])
+        number = _CALLS[self.prefix].number
         keys = [f"{self.prefix}/{number}/{rank}" for rank in range(self.world)]
         posted = json.dumps({"call": self.call, "same": same, "own": own, "error": error})
         try:
+            self._sweep()
             self.store.set(keys[self.rank], posted)
             self._await(keys)
             found = [json.loads(value) for value in self.store.multi_get(keys)]
             # Whoever posted for this call has read everything of the one before.
             self.store.delete_key(f"{self.prefix}/{number - 1}/{self.rank}")
-        except RankError:
+        except (RankError, ValueError):
+            self.store.delete_key(keys[self.rank])  # as if this rank had not come: the number stays
             raise
         except Exception as problem:
             raise RankError(f"{self.call}: the store of the process group is gone, its host died: {problem}") from None
+        _CALLS[self.prefix].number += 1
         self._compare(found)
         return [one["own"] for one in found]
 
+    def _sweep(self) -> None:
+        """Take back what this process told the others when an earlier call went wrong."""
+        for key in _LEFT:
+            self.store.delete_key(key)
+        _LEFT.clear()
+
+    def _tell(self, key: str, content: dict[str, Any]) -> None:
+        self.store.set(key, json.dumps(content))
+        _LEFT.add(key)
+
     def _await(self, keys: list[str]) -> None:
-        started, pause = time.monotonic(), 1e-4
-        here = f"manyheads/at/{self.members[self.rank]}"
-        if here in _TOLD:
-            self.store.delete_key(here)
-            _TOLD.discard(here)
+        started, pause, told = time.monotonic(), 1e-4, False
         while not self.store.check(keys):
             waited = time.monotonic() - started
-            if waited > 0.5 and here not in _TOLD:
-                self.store.set(here, json.dumps({"members": self.members}))
-                _TOLD.add(here)
             if waited > min(0.5, self.timeout):
+                if not told:
+                    self._tell(f"manyheads/at/{self.members[self.rank]}", {"members": self.members})
+                    told = True
                 missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
                 self._wrong_group(missing)
                 failed = [rank for rank in missing if self._note(rank) is not None]
@@ -110,9 +118,7 @@ class Wire:
                 )
             if error:
                 # Both wait for each other, and others for them: all must hear of it.
-                here = f"manyheads/at/{mine}"
-                self.store.set(here, json.dumps({"error": error, "members": self.members}))
-                _TOLD.add(here)
+                self._tell(f"manyheads/at/{mine}", {"error": error, "members": self.members})
                 raise ValueError(f"{self.call}: {error}")
 
     def _compare(self, found: list[dict]) -> None:
@@ -247,11 +253,12 @@ class Wire:
             others = [rank for rank in range(self.world) if rank != self.rank]
             late = "time" in str(problem).lower()
             reason = f"did not answer within {self.timeout:g} s" if late else "closed its connection"
-            self._give_up(others if peers is None else list(peers), reason, patient=late or peers is None)
+            # A rank that gives up closes its connections a moment before it can say for whom it waited.
+            self._give_up(others if peers is None else list(peers), reason, grace=min(5.0, 1 + self.timeout / 10))
 
-    def _give_up(self, suspects: list[int], reason: str, patient: bool = False) -> None:
+    def _give_up(self, suspects: list[int], reason: str, grace: float = 0.0) -> None:
         self._post({"waiting": suspects})
-        culprits = self._trail(suspects, min(5.0, 1 + self.timeout / 10) if patient else 0.0)
+        culprits = self._trail(suspects, grace)
         notes = {rank: self._note(rank) or {} for rank in culprits}
         names = " and ".join(
             f"{self._name(rank)} " + (f"failed: {notes[rank]['error']}" if "error" in notes[rank] else reason)
@@ -299,7 +306,7 @@ class Wire:
         if self.world == 1:
             return
         try:
-            self.store.set(f"{self.prefix}/note/{self.rank}", json.dumps(content))
+            self._tell(f"{self.prefix}/note/{self.rank}", content)
         except Exception:  # the store went with its host: nobody can read this any more
             return
 
@@ -317,20 +324,42 @@ class Pending:
         # Receives first: a missing message says more than a send that nobody takes.
         for (_, peer, _), work in sorted(zip(self.peers, self.works), key=lambda pair: pair[0][0] != "receive"):
             with self.wire._watching(None if peer < 0 else [peer]):
-                if self.wire.on_host:
+                if self.wire.on_host and peer < 0:
+                    self._wait_for_all(work)
+                elif self.wire.on_host:
                     work.wait(timedelta(seconds=self.wire.timeout))
                 else:
                     work.wait()  # on a GPU this orders streams; a limit would stop the host at every step
         self.works, self.peers = [], []
 
+    def _wait_for_all(self, work: Any) -> None:
+        """Wait for a collective; a rank that has given up ends the waiting of all others."""
+        deadline, rank = time.monotonic() + self.wire.timeout, self.wire.rank
+        while True:
+            try:
+                work.wait(timedelta(seconds=min(0.5, self.wire.timeout)))
+                return
+            except RuntimeError:
+                gave_up = any(self.wire._note(other) is not None for other in range(self.wire.world) if other != rank)
+                if work.is_completed() or gave_up or time.monotonic() > deadline:
+                    raise
 
-_COUNTERS: dict[str, tuple[Any, itertools.count]] = {}  # how many calls each group has made, with its store
-_TOLD: set[str] = set()  # keys under which this process said where it waits
+
+@dataclass
+class _Calls:
+    """How many calls a group has made; the store is held so that a new one is told from it."""
+
+    store: Any
+    number: int = 0
+
+
+_CALLS: dict[str, _Calls] = {}
+_LEFT: set[str] = set()  # what this process told about itself in a call that went wrong
 _TAGS = {"key, value": 1, "gradient of key, value": 2, "query": 3, "output": 4}
 
 
 def connect(
-    call: str, group: Any, timeout: float, describe: Callable[[Wire], tuple[dict[str, Any], Any]]
+    call: str, group: Any, timeout: int | float, describe: Callable[[Wire], tuple[dict[str, Any], Any]]
 ) -> tuple[Wire, list[Any]]:
     """Open the wire for a call; ``describe`` checks this rank's arguments: what must agree, and what may differ.
 
@@ -362,7 +391,7 @@ def reconnect(wire: Wire, call: str, same: dict[str, Any] | None = None) -> Wire
     return again
 
 
-def _open(call: str, group: Any, timeout: float) -> Wire:
+def _open(call: str, group: Any, timeout: int | float) -> Wire:
     if not isinstance(timeout, int | float) or not timeout > 0:
         raise ValueError(f"timeout must be a positive number of seconds, got {timeout!r}")
     if not dist.is_available() or not dist.is_initialized():
@@ -388,8 +417,8 @@ def _open(call: str, group: Any, timeout: float) -> Wire:
         raise ValueError(f"global rank {dist.get_rank()} is not in the group of global ranks {list(members)}")
     store = dist.distributed_c10d._get_default_store()
     prefix = f"manyheads/{zlib.crc32(repr(members).encode()):08x}"
-    if _COUNTERS.get(prefix, (None,))[0] is not store:
-        _COUNTERS[prefix] = (store, itertools.count())
+    if prefix not in _CALLS or _CALLS[prefix].store is not store:
+        _CALLS[prefix] = _Calls(store)
     on_host = dist.get_backend(group) == "gloo"
     return Wire(group, rank, len(members), members, float(timeout), call, store, prefix, on_host=on_host)
 
