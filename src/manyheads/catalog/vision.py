@@ -214,6 +214,15 @@ VISION_SYSTEMS = (
         patterns=SELF,
         rooms=("ops", "layers", "models"),
         why="Blocks and a dilated grid in turn: every block sees the whole image at linear cost.",
+        state="works",
+        public=(
+            "manyheads.ops.multi_axis.block_attention",
+            "manyheads.ops.multi_axis.grid_attention",
+            "manyheads.layers.maxvit.MultiAxisAttention",
+            "manyheads.layers.maxvit.PartitionAttention",
+            "manyheads.layers.maxvit.MBConv",
+            "manyheads.models.vision.maxvit.MaxViT",
+        ),
     ),
     System(
         slug="medusa",

@@ -55,7 +55,24 @@ class Recipe:
 _DAVIT = Recipe(clip_grad=1.0, auto_augment="rand-m9-n2-mstd0.5-inc1", crop_pct=0.9)
 # arXiv 2205.13213; the offsets of its mergings learn at a hundredth of the rate (``LITv2.lr_scales``).
 _LITV2 = Recipe(warmup_epochs=20, clip_grad=5.0, drop_path=0.2)
+# arXiv 2204.01697: batches of 4,096 (10,000 steps of warm-up are 32 epochs), no CutMix, no erasing; at 384 and 512
+# pixels 30 epochs at one rate with batches of 512. Its averaged weights (0.9999) are left out.
+_MAXVIT = Recipe(
+    lr=7.5e-4, warmup_epochs=32, warmup_lr=1e-8, min_lr=2.5e-6, clip_grad=1.0, drop_path=0.2,
+    auto_augment="rand-m15-n2", cutmix=0.0, random_erasing=0.0, crop_pct=0.95,
+)  # fmt: skip
+_MAXVIT_TUNED = dataclasses.replace(
+    _MAXVIT, lr=1e-4, epochs=30, warmup_epochs=0, min_lr=1e-4, weight_decay=1e-8, crop_pct=1.0
+)
+_MAXVIT_DROP = {"tiny": 0.2, "small": 0.3, "base": 0.4, "large": 0.6, "xlarge": 0.6}
 RECIPES = {
+    **{f"maxvit_{size}": dataclasses.replace(_MAXVIT, drop_path=drop) for size, drop in _MAXVIT_DROP.items()},
+    **{f"maxvit_{size}_tf_224": dataclasses.replace(_MAXVIT, drop_path=drop) for size, drop in _MAXVIT_DROP.items()},
+    **{
+        f"maxvit_{size}_tf_{pixels}": dataclasses.replace(_MAXVIT_TUNED, drop_path=drop)
+        for size, drop in _MAXVIT_DROP.items()
+        for pixels in (384, 512)
+    },
     "davit_tiny": _DAVIT,
     "davit_small": dataclasses.replace(_DAVIT, drop_path=0.2),
     "davit_base": dataclasses.replace(_DAVIT, drop_path=0.4),
@@ -82,7 +99,7 @@ def recipe_for(model: str, *, small_images: bool = False) -> Recipe:
     (0.4, 0.0)
     """
     name = model.removeprefix(PREFIX)
-    families = {"davit": _DAVIT, "litv2": _LITV2}
+    families = {"davit": _DAVIT, "litv2": _LITV2, "maxvit": _MAXVIT}
     recipe = RECIPES.get(name, families.get(name.split("_")[0], Recipe()))
     if not small_images:
         return recipe

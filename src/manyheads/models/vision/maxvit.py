@@ -203,8 +203,9 @@ class MaxViT(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in the backward pass instead of keeping their activations."""
         self.grad_checkpointing = enable
-        for stage in self.stages:
-            stage.grad_checkpointing = enable  # pyright: ignore[reportAttributeAccessIssue]
+        for stage in self.modules():
+            if isinstance(stage, Stage):
+                stage.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
         """Names that weight decay leaves alone beside biases and norms: the bias tables."""

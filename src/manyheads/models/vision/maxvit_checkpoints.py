@@ -14,13 +14,12 @@ import re
 import torch
 from torch import Tensor, nn
 
-from manyheads.layers.relative_bias import RelativeBiasMlp, RelativeBiasTable, flat_to_offsets, offsets_to_flat
+from manyheads.layers.relative_bias import RelativeBiasTable, flat_to_offsets, offsets_to_flat
 from manyheads.models.checkpoints import CheckpointError, State
 from manyheads.ops.multi_axis import resize_relative_table
 
 _SHADOW = "/ExponentialMovingAverage"
 _TABLE = "relative_position_bias_table"
-_FLAVOURS = {RelativeBiasMlp: "rmlp", RelativeBiasTable: "rw or tf"}
 
 
 def checkpoint_filter_fn(state: State, model: nn.Module) -> State:
@@ -61,7 +60,7 @@ def _table(key: str, value: Tensor, model: nn.Module) -> Tensor:
         raise CheckpointError(
             f"{key} holds {value.shape[0]} offsets, no square table; build the model with the partition it was made for"
         )
-    square = (side // 2 + 1,) * 2
+    square = (side // 2 + 1, side // 2 + 1)
     return offsets_to_flat(resize_relative_table(flat_to_offsets(value, square), module.partition))
 
 
