@@ -13,18 +13,7 @@ from manyheads.engines.common import accumulation_dtype
 from manyheads.engines.dense import attention
 from manyheads.engines.linear import linear_attention
 from manyheads.parallel import record, shard
-
-_GROUPS: dict[int, Any] = {}
-
-
-def group_of(world: int) -> Any:
-    """The first ``world`` ranks (None on the others); every rank of the pool must call this."""
-    if world == dist.get_world_size():
-        return dist.group.WORLD
-    if world not in _GROUPS:
-        group = dist.new_group(list(range(world)))
-        _GROUPS[world] = group if dist.get_rank() < world else None
-    return _GROUPS[world]
+from manyheads.parallel.local import group_of
 
 
 def error(got: Tensor, want: Tensor) -> float:

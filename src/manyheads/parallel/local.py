@@ -26,6 +26,8 @@ class LocalRanks:
     Args:
         world: W, number of ranks.
         timeout: seconds that a call may take.
+        preload: modules that are imported once for all ranks, where the system can fork; the first pool that this
+            process starts decides.
 
     Raises:
         ValueError: fewer than one rank.
@@ -38,11 +40,11 @@ class LocalRanks:
     [3, 3]
     """
 
-    def __init__(self, world: int, *, timeout: int | float = 100.0):
+    def __init__(self, world: int, *, timeout: int | float = 100.0, preload: Sequence[str] = ()):
         if world < 1:
             raise ValueError(f"world must be at least 1, got {world}")
         self.world, self.timeout = world, float(timeout)
-        context = _context()
+        context = _context(preload)
         # The store lives here, not on a rank: it outlives any of them, so that the others can say who died.
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._pipes: list[Connection] = []
@@ -117,7 +119,7 @@ class LocalRanks:
         self.close()
 
 
-def _context():
+def _context(preload: Sequence[str]):
     # A fork server imports torch once and forks it for every rank; where there is none, every rank imports it.
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
