@@ -21,6 +21,8 @@ class _Adapters(dict):
 
 
 ADAPTERS = _Adapters(
+    agent_attention="agent_attention",
+    inline_attention="inline_attention",
     davit="davit",
     litv2="litv2",
     transnext="transnext",
