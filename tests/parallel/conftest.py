@@ -11,6 +11,14 @@ import torch.distributed as dist
 from manyheads.parallel import LocalRanks
 
 ROOT = str(Path(__file__).parents[2])
+MODULES = (
+    "manyheads.data.language_models",
+    "manyheads.reproduce.byte_lm",
+    "torch.distributed.fsdp",
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.mistral.modeling_mistral",
+)
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +27,7 @@ def four_ranks():
     # The ranks import the test modules by name, as pytest names them.
     sys.path.insert(0, ROOT)
     try:
-        with LocalRanks(4, timeout=60) as started:
+        with LocalRanks(4, timeout=60, preload=MODULES) as started:
             yield started
     finally:
         sys.path.remove(ROOT)

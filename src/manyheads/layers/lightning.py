@@ -12,6 +12,9 @@ are theirs. The paper's text and the released language models use two other form
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
@@ -32,6 +35,10 @@ class TNLAttention(nn.Module):
         num_layers: L, layers of the model.
         slope_rule: ``rule`` of :func:`manyheads.ops.lightning.lightning_slopes`.
         backend: ``backend`` of :func:`manyheads.ops.lightning.lightning_attention`.
+
+    Attributes:
+        operator: what computes the attention; ``manyheads.parallel.context_parallel`` puts another one here where the
+            sequence is sharded.
 
     Raises:
         ValueError: heads that do not divide the width, a layer index outside 0 .. num_layers - 1.
@@ -61,6 +68,7 @@ class TNLAttention(nn.Module):
         if num_heads < 1 or embed_dim % num_heads:
             raise ValueError(f"num_heads={num_heads} must divide embed_dim={embed_dim}")
         self.num_heads, self.backend = num_heads, backend
+        self.operator: Callable[..., Any] = lightning_attention
         head_dim = embed_dim // num_heads
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
             nn.Linear(embed_dim, embed_dim, bias=bias) for _ in range(4)
@@ -99,15 +107,11 @@ class TNLAttention(nn.Module):
         )
         if mask is not None:
             value = value.masked_fill(~mask[:, None, :, None], 0)
-        out, state = lightning_attention(
-            query,
-            key,
-            value,
-            slopes=self.slopes.to(torch.float32),
-            initial_state=state,
-            return_state=True,
-            backend=self.backend,
-        )
+        options = {"slopes": self.slopes.to(torch.float32), "initial_state": state, "backend": self.backend}
+        if return_state:
+            out, state = self.operator(query, key, value, return_state=True, **options)
+        else:
+            out = self.operator(query, key, value, **options)
         out = self.norm(rearrange(out, "b h n d -> b n (h d)")) * torch.sigmoid(self.output_gate(x))
         out = self.o_proj(out)
         return (out, state) if return_state else out

@@ -1,5 +1,6 @@
 """Sequence parallelism on torch.distributed."""
 
+from manyheads.parallel.context_parallel import ContextParallel, context_parallel
 from manyheads.parallel.lasp2 import lasp, lasp2
 from manyheads.parallel.lasp2h import lasp2h
 from manyheads.parallel.layouts import position_ids, shard, token_index, unshard
@@ -13,9 +14,11 @@ from manyheads.parallel.ulysses import ulysses_ring_attention
 from manyheads.parallel.wire import RankError
 
 __all__ = [
+    "ContextParallel",
     "LinearMoEAttention",
     "LocalRanks",
     "RankError",
+    "context_parallel",
     "lasp",
     "lasp2",
     "lasp2h",

@@ -1,25 +1,27 @@
 """Where a sharded sequence enters a model that knows nothing of it: its attention, its linear layers, its gradients.
 
-Every seam is a context manager that leaves the model as it found it. Softmax attention is replaced through transformers'
-``AttentionInterface``, linear attention through the ``operator`` of the library's layers, and gradients are summed by
-hooks: on the parameters, or, where FSDP holds them, after its reduce-scatter.
+Every seam is a context manager that leaves the model as it found it. Softmax attention is replaced through the
+``AttentionInterface`` of transformers, linear attention through the ``operator`` of the library's layers, and gradients
+are summed by hooks: on the parameters, or, where FSDP holds them, after its reduce-scatter.
 """
 
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import AttentionInterface
 
-from manyheads.layers.lightning import TNLAttention
 from manyheads.parallel.wire import Wire
+
+if TYPE_CHECKING:
+    from manyheads.layers.lightning import TNLAttention
 
 _PREFIX = "manyheads_context_parallel_"
 _NUMBER = itertools.count()
@@ -36,15 +38,20 @@ def pretrained(model: nn.Module) -> Any:
 
 def linear_layers(model: nn.Module) -> list[TNLAttention]:
     """The library's linear attention layers in the model."""
-    return [part for part in model.modules() if isinstance(part, TNLAttention)]
+    # A model has none before their module was imported, and importing the layers takes seconds.
+    module = sys.modules.get("manyheads.layers.lightning")
+    return [] if module is None else [part for part in model.modules() if isinstance(part, module.TNLAttention)]
 
 
 @contextmanager
-def softmax_attention(owner: Any, compute: Callable[[Tensor, Tensor, Tensor, float, Any], Tensor]) -> Iterator[None]:
-    """Let ``compute(query, key, value, scale, passed)`` be the attention of a Hugging Face model.
+def softmax_attention(owner: Any, compute: Callable[..., Tensor]) -> Iterator[None]:
+    """Let ``compute(query, key, value, scale, window, passed)`` be the attention of a Hugging Face model.
 
-    ``passed`` is the keyword argument ``context_parallel`` of the model's call, where the model hands it on.
+    ``window`` is that of sliding-window layers or None; ``passed`` is the keyword argument ``context_parallel`` of the
+    model's call, where there was one and the model hands it on.
     """
+    from transformers import AttentionInterface  # seconds to import, for those who shard no model
+
     configs = _configs(owner)
     if str(owner.config.get_text_config()._attn_implementation).startswith("manyheads_"):
         raise RuntimeError("something is attached to this model's attention already; leave its with block first")
@@ -63,11 +70,8 @@ def softmax_attention(owner: Any, compute: Callable[[Tensor, Tensor, Tensor, flo
         for option in _UNKNOWN:
             if options.get(option) is not None:
                 raise ValueError(f"{type(module).__name__} attends with {option!r}, which a sharded softmax lacks")
-        window, passed = options.get("sliding_window"), options.get("context_parallel")
-        scale = options.get("scaling")
-        out = compute(
-            query, key, value, query.shape[-1] ** -0.5 if scale is None else float(scale), _Call(passed, window)
-        )
+        scale, window, passed = (options.get(name) for name in ("scaling", "sliding_window", "context_parallel"))
+        out = compute(query, key, value, None if scale is None else float(scale), window, passed)
         return out.transpose(1, 2), None
 
     # No mask function under this name: transformers then builds no mask, and causality is the scheme's.
@@ -81,11 +85,6 @@ def softmax_attention(owner: Any, compute: Callable[[Tensor, Tensor, Tensor, flo
         for config, implementation in configs:
             config._attn_implementation_internal = implementation
         AttentionInterface._global_mapping.pop(name, None)
-
-
-class _Call:
-    def __init__(self, passed: Any, window: int | None):
-        self.passed, self.window = passed, window
 
 
 @contextmanager
