@@ -119,6 +119,19 @@ class LocalRanks:
         self.close()
 
 
+def group_of(world: int) -> Any:
+    """The group of the first ``world`` ranks, None on the others; all ranks must call it, equal calls are remembered."""
+    if world == dist.get_world_size():
+        return dist.group.WORLD
+    if world not in _GROUPS:
+        group = dist.new_group(list(range(world)))
+        _GROUPS[world] = group if dist.get_rank() < world else None
+    return _GROUPS[world]
+
+
+_GROUPS: dict[int, Any] = {}
+
+
 def _context(preload: Sequence[str]):
     # A fork server imports torch once and forks it for every rank; where there is none, every rank imports it.
     if "forkserver" not in multiprocessing.get_all_start_methods():

@@ -166,8 +166,8 @@ CLAIMS: tuple[Claim, ...] = (
         "memory_falls",
         "Activations on a rank shrink with the number of ranks; the paper's form keeps n x N scores, streaming n x n.",
         "1024 tokens over 1, 2, 4 ranks: confirmed if what the streaming form keeps for the backward pass is within "
-        "10% of 1/W and its largest tensor no larger than keys and values, the paper's form keeps exactly B H n N scores, "
-        "and the streaming form's largest block has n^2 pairs; refuted otherwise.",
+        "10% of 1/W and its largest tensor no larger than keys and values, the paper's form keeps exactly B H n N "
+        "scores, and the streaming form's largest block has n^2 pairs; refuted otherwise.",
         _memory,
     ),
     _claim(

@@ -151,8 +151,8 @@ CLAIMS: tuple[Claim, ...] = (
         "faster_on_slow_links",
         "Where links are the bottleneck TokenRing is faster, up to twice, and only without grouped heads.",
         "Cost model, direct duplex links of 1 GB/s, 512 to 8192 tokens a rank, 4 to 32 ranks: confirmed if the "
-        "speed-up over ring attention is above 1 and at most 2 with 32 of 32 key/value heads, and below 1 with 8 or 4; refuted "
-        "otherwise.",
+        "speed-up over ring attention is above 1 and at most 2 with 32 of 32 key/value heads, and below 1 with 8 or 4; "
+        "refuted otherwise.",
         _links,
         "manyheads compare --parallel",
     ),
