@@ -65,6 +65,11 @@ _MAXVIT_TUNED = dataclasses.replace(
     _MAXVIT, lr=1e-4, epochs=30, warmup_epochs=0, min_lr=1e-4, weight_decay=1e-8, crop_pct=1.0
 )
 _MAXVIT_DROP = {"tiny": 0.2, "small": 0.3, "base": 0.4, "large": 0.6, "xlarge": 0.6}
+# arXiv 2311.17132, without its repeated augmentation; its learning rate is the same for every batch.
+_TRANSNEXT = Recipe(linear_scaling=False, clip_grad=1.0, drop_path=0.15)
+_TRANSNEXT_384 = dataclasses.replace(
+    _TRANSNEXT, lr=1e-5, min_lr=1e-5, warmup_lr=1e-5, epochs=5, warmup_epochs=0, cutmix=0.0, drop_path=0.7, crop_pct=1.0
+)
 RECIPES = {
     **{f"maxvit_{size}": dataclasses.replace(_MAXVIT, drop_path=drop) for size, drop in _MAXVIT_DROP.items()},
     **{f"maxvit_{size}_tf_224": dataclasses.replace(_MAXVIT, drop_path=drop) for size, drop in _MAXVIT_DROP.items()},
@@ -79,6 +84,11 @@ RECIPES = {
     "biformer_tiny": Recipe(),
     "biformer_small": Recipe(drop_path=0.15),
     "biformer_base": Recipe(drop_path=0.4),
+    "transnext_tiny": dataclasses.replace(_TRANSNEXT, drop_path=0.25),
+    "transnext_small": dataclasses.replace(_TRANSNEXT, drop_path=0.45),
+    "transnext_base": dataclasses.replace(_TRANSNEXT, drop_path=0.6),
+    "transnext_small_384": _TRANSNEXT_384,
+    "transnext_base_384": dataclasses.replace(_TRANSNEXT_384, drop_path=0.8),
     "litv2_medium": dataclasses.replace(_LITV2, drop_path=0.3),
     "litv2_base": dataclasses.replace(_LITV2, drop_path=0.5),
     "litv2_base_384": dataclasses.replace(
@@ -99,7 +109,7 @@ def recipe_for(model: str, *, small_images: bool = False) -> Recipe:
     (0.4, 0.0)
     """
     name = model.removeprefix(PREFIX)
-    families = {"davit": _DAVIT, "litv2": _LITV2, "maxvit": _MAXVIT}
+    families = {"davit": _DAVIT, "litv2": _LITV2, "transnext": _TRANSNEXT, "maxvit": _MAXVIT}
     recipe = RECIPES.get(name, families.get(name.split("_")[0], Recipe()))
     if not small_images:
         return recipe
