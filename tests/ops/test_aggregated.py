@@ -92,10 +92,8 @@ def test_gradients_are_those_of_the_reference(backend: str) -> None:
 
 def test_gradients_are_numerically_right() -> None:
     given = {name: tensor.requires_grad_() for name, tensor in _case(2, 2, pooled=1, dim=2, value_dim=2).items()}
-    names = list(given)
-    assert torch.autograd.gradcheck(
-        lambda *x: aggregated_attention(**dict(zip(names, x))), tuple(given.values()), fast_mode=True
-    )
+    names, inputs = list(given), tuple(given.values())
+    assert torch.autograd.gradcheck(lambda *x: aggregated_attention(**dict(zip(names, x))), inputs, fast_mode=True)
 
 
 def test_long_inputs_are_merged(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,16 +17,18 @@ def accuracy_on_digits(
     build: Callable[[], nn.Module],
     seed: int,
     *,
+    size: int = 32,
     epochs: int = 8,
     batch: int = 64,
     learning_rate: float = 2e-3,
     weight_decay: float = 0.05,
 ) -> float:
-    """Test accuracy of a model trained on 32 x 32 digits by AdamW with a one-cycle schedule and clipped gradients.
+    """Test accuracy of a model trained on digits by AdamW with a one-cycle schedule and clipped gradients.
 
     Args:
         build: makes the model; called under ``seed``.
         seed: of the weights, of the split and of the order of the images.
+        size: side of the images in pixels.
         epochs: passes over the 1,442 training images.
         batch: images a step.
         learning_rate: the schedule's peak.
@@ -34,7 +36,7 @@ def accuracy_on_digits(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        images, labels, test_images, test_labels = digits(32, seed=seed)
+        images, labels, test_images, test_labels = digits(size, seed=seed)
         model = build().train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
         steps = epochs * (len(labels) // batch)
