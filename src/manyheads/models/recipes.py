@@ -70,7 +70,14 @@ _TRANSNEXT = Recipe(linear_scaling=False, clip_grad=1.0, drop_path=0.15)
 _TRANSNEXT_384 = dataclasses.replace(
     _TRANSNEXT, lr=1e-5, min_lr=1e-5, warmup_lr=1e-5, epochs=5, warmup_epochs=0, cutmix=0.0, drop_path=0.7, crop_pct=1.0
 )
+# arXiv 2401.16456, batches of 2,048; its adaptive clipping of gradients (0.02), repeated augmentation and averaged weights
+# are left out.
+_SHVIT = Recipe(lr=2e-3, min_lr=5e-6, drop_path=0.0)
 RECIPES = {
+    **{
+        f"shvit_s{size}": dataclasses.replace(_SHVIT, weight_decay=decay)
+        for size, decay in enumerate((0.025, 0.032, 0.035, 0.03), 1)
+    },
     **{f"maxvit_{size}": dataclasses.replace(_MAXVIT, drop_path=drop) for size, drop in _MAXVIT_DROP.items()},
     **{f"maxvit_{size}_tf_224": dataclasses.replace(_MAXVIT, drop_path=drop) for size, drop in _MAXVIT_DROP.items()},
     **{
@@ -109,7 +116,7 @@ def recipe_for(model: str, *, small_images: bool = False) -> Recipe:
     (0.4, 0.0)
     """
     name = model.removeprefix(PREFIX)
-    families = {"davit": _DAVIT, "litv2": _LITV2, "transnext": _TRANSNEXT, "maxvit": _MAXVIT}
+    families = {"davit": _DAVIT, "litv2": _LITV2, "transnext": _TRANSNEXT, "maxvit": _MAXVIT, "shvit": _SHVIT}
     recipe = RECIPES.get(name, families.get(name.split("_")[0], Recipe()))
     if not small_images:
         return recipe

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -129,6 +129,7 @@ def train_vision(
     options = {"num_classes": images.classes, "drop_path_rate": recipe.drop_path, **(model_options or {})}
     network = create_model(model, checkpoint=checkpoint, **options)
     size = image_size or images.image_size or _model_size(network)
+    fit_to_size(network, size)
     train.seed = seed
     train.transform, images.test.transform = (
         train_transform(network, size, recipe),
@@ -337,6 +338,13 @@ def _on_cpu(device: str) -> bool:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda': this machine has no CUDA device")
     return device == "cpu" or not torch.cuda.is_available()
+
+
+def fit_to_size(model: nn.Module, size: int) -> None:
+    """Resize what belongs to one image size in models that take no other (position embeddings and the like)."""
+    config = getattr(model, "pretrained_cfg", {})
+    if config.get("fixed_input_size") and size != _model_size(model):
+        cast(Any, model).set_input_size((size, size))
 
 
 def _model_size(model: nn.Module) -> int:
