@@ -140,6 +140,13 @@ LANGUAGE_SYSTEMS = (
         patterns=ANY_SELF,
         rooms=("parallel",),
         why="Splits linear or hybrid models over ranks with one constant-size collective a layer and direction.",
+        state="works",
+        public=(
+            "manyheads.parallel.lasp2.lasp2",
+            "manyheads.parallel.lasp2.lasp",
+            "manyheads.parallel.lasp2h.lasp2h",
+            "manyheads.parallel.linear_moe.LinearMoEAttention",
+        ),
     ),
     System(
         slug="lightning_attention",
@@ -240,6 +247,18 @@ LANGUAGE_SYSTEMS = (
         patterns=ANY_SELF,
         rooms=("parallel",),
         why="No rank holds the whole sequence: activations and scores shrink with the number of ranks.",
+        state="works",
+        public=(
+            "manyheads.parallel.ring_self_attention.ring_self_attention",
+            "manyheads.parallel.rsa.rsa_attention",
+            "manyheads.parallel.rsa.rsa_linformer",
+            "manyheads.parallel.ulysses.ulysses_ring_attention",
+            "manyheads.parallel.layouts.shard",
+            "manyheads.parallel.layouts.unshard",
+            "manyheads.parallel.layouts.position_ids",
+            "manyheads.parallel.recorder.record",
+            "manyheads.parallel.local.LocalRanks",
+        ),
     ),
     System(
         slug="routing_transformer",
@@ -300,6 +319,8 @@ LANGUAGE_SYSTEMS = (
         patterns=ANY_SELF,
         rooms=("parallel",),
         why="Queries travel one way and partial outputs the other, so a link carries half the volume a direction.",
+        state="works",
+        public=("manyheads.parallel.token_ring.token_ring",),
     ),
     System(
         slug="transnormer_llm",

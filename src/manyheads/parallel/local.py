@@ -120,7 +120,7 @@ class LocalRanks:
 
 
 def group_of(world: int) -> Any:
-    """The group of the first ``world`` ranks, None on the others; all ranks must call it, equal calls are remembered."""
+    """The group of the first ``world`` ranks, None on the others; all ranks must call it, and it is made once."""
     if world == dist.get_world_size():
         return dist.group.WORLD
     if world not in _GROUPS:
@@ -138,7 +138,7 @@ def _context(preload: Sequence[str]):
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     # The first call of a custom operator imports torch._dynamo, which takes as long as importing torch.
-    context.set_forkserver_preload(["manyheads.parallel", "torch._dynamo"])
+    context.set_forkserver_preload(["manyheads.parallel", "torch._dynamo", *preload])
     return context
 
 

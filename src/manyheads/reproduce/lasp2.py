@@ -14,9 +14,6 @@ from manyheads.engines.linear import linear_attention
 from manyheads.parallel import LinearMoEAttention, LocalRanks, lasp, lasp2, record
 from manyheads.parallel.local import group_of
 from manyheads.parallel.wire import Pending
-from manyheads.reproduce.byte_lm import HEADS as LM_HEADS
-from manyheads.reproduce.byte_lm import WIDTH as LM_WIDTH
-from manyheads.reproduce.byte_lm import ByteLM, train_byte_lm
 from manyheads.reproduce.claims import Claim, Finding, Verdict
 
 WORLD, HEADS, WIDTH = 4, 2, 16
@@ -45,7 +42,7 @@ def errors_on_rank(decay: bool, causal: bool, seed: int) -> float:
     out = cast(Tensor, lasp2(*locals_, log_decay=log_decay, causal=causal))
     out.backward(cut(grad).float())
     pairs = [(out, cut(want)), *((a.grad, cut(b.grad)) for a, b in zip(locals_, wholes) if b.grad is not None)]
-    return max(float((a.double() - b).norm() / b.norm()) for a, b in pairs if a is not None)
+    return max(float((a.double() - b).detach().norm() / b.detach().norm()) for a, b in pairs if a is not None)
 
 
 def _exact(seed: int) -> Finding:
@@ -131,16 +128,19 @@ def _fewer_steps(seed: int) -> Finding:
 
 def hybrid_loss(pattern: str, seed: int) -> float:
     """Test loss of a byte model whose layers are linear (L) or softmax (N)."""
+    # Imported here, because every rank of the other claims imports this module.
+    from manyheads.reproduce import byte_lm
+
     torch.manual_seed(seed)
-    model = ByteLM("gpt")
+    model = byte_lm.ByteLM("gpt")
     for block, letter in zip(model.blocks, pattern):
         if letter == "L":
-            mixer = LinearMoEAttention(LM_WIDTH, LM_HEADS)
+            mixer = LinearMoEAttention(byte_lm.WIDTH, byte_lm.HEADS)
             for module in mixer.modules():
                 if isinstance(module, nn.Linear):
                     nn.init.normal_(module.weight, std=0.02)
             cast(nn.ModuleList, block)[1] = mixer
-    return train_byte_lm(model, seed)[1]
+    return byte_lm.train_byte_lm(model, seed)[1]
 
 
 def _hybrid(seed: int) -> Finding:

@@ -58,7 +58,8 @@ def smollm2_on_rank(tokens: int) -> dict[str, dict[str, float]] | None:
 
 
 def _exact(seed: int) -> Finding:
-    with LocalRanks(WORLD) as ranks:
+    needs = ["manyheads.parallel.context_parallel", "manyheads.data.language_models", "transformers.models.llama"]
+    with LocalRanks(WORLD, timeout=300, preload=needs) as ranks:
         errors = ranks.run(smollm2_on_rank, 512)[0]
     worst = {layout: max(found.values()) for layout, found in errors.items()}
     return Finding(worst, 1e-4, judge(max(worst.values()) < 1e-4), {"errors": errors})

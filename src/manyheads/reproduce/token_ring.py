@@ -43,7 +43,7 @@ def errors_on_rank(world: int, causal: bool, seed: int) -> float | None:
     assert isinstance(out, Tensor)
     out.backward(cut(grad).float())
     pairs = [(out, cut(want)), *((a.grad, cut(b.grad)) for a, b in zip(locals_, wholes) if b.grad is not None)]
-    return max(float((a.double() - b).norm() / b.norm()) for a, b in pairs if a is not None)
+    return max(float((a.double() - b).detach().norm() / b.detach().norm()) for a, b in pairs if a is not None)
 
 
 def _exact(seed: int) -> Finding:
