@@ -70,10 +70,38 @@ _TRANSNEXT = Recipe(linear_scaling=False, clip_grad=1.0, drop_path=0.15)
 _TRANSNEXT_384 = dataclasses.replace(
     _TRANSNEXT, lr=1e-5, min_lr=1e-5, warmup_lr=1e-5, epochs=5, warmup_epochs=0, cutmix=0.0, drop_path=0.7, crop_pct=1.0
 )
-# arXiv 2401.16456, batches of 2,048; its adaptive clipping of gradients (0.02), repeated augmentation and averaged weights
-# are left out.
+# arXiv 2401.16456, batches of 2,048; its adaptive clipping of gradients (0.02), repeated augmentation and averaged
+# weights are left out.
 _SHVIT = Recipe(lr=2e-3, min_lr=5e-6, drop_path=0.0)
+# arXiv 2312.08874 and 2412.06590 share one program. Left out: the 10 epochs at the lowest rate after the cosine (PVT,
+# CSwin) and CSwin's averaged weights.
+_HOST = Recipe(warmup_epochs=20, clip_grad=5.0)
+_HOST_PVT = dataclasses.replace(_HOST, warmup_epochs=5, warmup_lr=2e-6, min_lr=2e-5, clip_grad=0.0)
+_HOST_CSWIN = dataclasses.replace(_HOST, warmup_lr=2e-6, min_lr=2e-5, clip_grad=0.0)
+_HOST_SIZES = {
+    "pvt_tiny": _HOST_PVT,
+    "pvt_small": _HOST_PVT,
+    "pvt_medium": dataclasses.replace(_HOST_PVT, clip_grad=1.0, drop_path=0.3),
+    "pvt_large": dataclasses.replace(_HOST_PVT, clip_grad=1.0, drop_path=0.3),
+    "swin_tiny": dataclasses.replace(_HOST, drop_path=0.2),
+    "swin_small": dataclasses.replace(_HOST, drop_path=0.3),
+    "swin_base": dataclasses.replace(_HOST, drop_path=0.5),
+    "swin_base_384": dataclasses.replace(
+        _HOST, lr=2e-5, linear_scaling=False, epochs=30, warmup_epochs=5, weight_decay=1e-8, drop_path=0.5, crop_pct=1.0
+    ),
+    "cswin_tiny": dataclasses.replace(_HOST_CSWIN, drop_path=0.2),
+    "cswin_small": dataclasses.replace(_HOST_CSWIN, drop_path=0.4),
+    "cswin_base": dataclasses.replace(_HOST_CSWIN, weight_decay=0.1, drop_path=0.5),
+    "cswin_base_384": dataclasses.replace(
+        _HOST_CSWIN, lr=5e-6, linear_scaling=False, epochs=20, warmup_epochs=0, weight_decay=1e-8, drop_path=0.7
+    ),
+}
 RECIPES = {
+    **{f"{mixer}_{size}": recipe for mixer in ("agent", "inline") for size, recipe in _HOST_SIZES.items()},
+    "agent_deit_tiny": dataclasses.replace(_HOST, drop_path=0.0),
+    "agent_deit_base": dataclasses.replace(_HOST, drop_path=0.3),
+    "agent_pvt_medium_256": dataclasses.replace(_HOST_PVT, clip_grad=1.0, drop_path=0.3),
+    "agent_swin_small_288": dataclasses.replace(_HOST, drop_path=0.3),
     **{
         f"shvit_s{size}": dataclasses.replace(_SHVIT, weight_decay=decay)
         for size, decay in enumerate((0.025, 0.032, 0.035, 0.03), 1)
@@ -116,7 +144,15 @@ def recipe_for(model: str, *, small_images: bool = False) -> Recipe:
     (0.4, 0.0)
     """
     name = model.removeprefix(PREFIX)
-    families = {"davit": _DAVIT, "litv2": _LITV2, "transnext": _TRANSNEXT, "maxvit": _MAXVIT, "shvit": _SHVIT}
+    families = {
+        "davit": _DAVIT,
+        "litv2": _LITV2,
+        "transnext": _TRANSNEXT,
+        "maxvit": _MAXVIT,
+        "agent": _HOST,
+        "inline": _HOST,
+        "shvit": _SHVIT,
+    }
     recipe = RECIPES.get(name, families.get(name.split("_")[0], Recipe()))
     if not small_images:
         return recipe
