@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 from statistics import mean, median
 
 import numpy as np
@@ -97,7 +98,7 @@ def more_agents_are_closer(seed: int) -> Finding:
             out = agent_attention(query, query, tokens[:, None], pooled)
             errors[agents].append(((out - exact).norm() / exact.norm()).item())
     means = [mean(values) for values in errors.values()]
-    falls = all(after < before for before, after in zip(means, means[1:]))
+    falls = all(after < before for before, after in pairwise(means))
     flat = means[-1] > 0.9 * means[0]
     verdict = Verdict.CONFIRMED if falls else Verdict.REFUTED if flat else Verdict.INCONCLUSIVE
     per_count = {str(agents): value for agents, value in zip(errors, means)}
@@ -179,9 +180,9 @@ CLAIMS = (
         system="agent_attention",
         name="as_good_as_softmax",
         statement="Agent attention classifies at least as well as softmax attention, and its convolution helps.",
-        rule="Digits of 32 x 32 pixels, patches of 4, width 48, 3 blocks, 9 agents, mean over 3 seeds. Refuted when agent "
-        "attention is more than one point below softmax attention; else confirmed when it is also better than without "
-        "its depthwise convolution, inconclusive when not.",
+        rule="Digits of 32 x 32 pixels, patches of 4, width 48, 3 blocks, 9 agents, mean over 3 seeds. Refuted when "
+        "agent attention is more than one point below softmax attention; else confirmed when it is also better than "
+        "without its depthwise convolution, inconclusive when not.",
         run=as_good_as_softmax,
         full_scale="manyheads train agent_deit_tiny --data imagenet --dtype bfloat16",
     ),
@@ -189,24 +190,25 @@ CLAIMS = (
         system="agent_attention",
         name="linear_cost",
         statement="Its time grows linearly with the number of tokens, softmax attention's quadratically.",
-        rule="Log-log slope of the median time for 1,024 to 16,384 tokens, 32 channels, 49 agents. Confirmed when below 1.3 "
-        "and at least 0.3 below softmax attention's, refuted when above 1.6, else inconclusive.",
+        rule="Log-log slope of the median time for 1,024 to 16,384 tokens, 32 channels, 49 agents. Confirmed when "
+        "below 1.3 and at least 0.3 below softmax attention's, refuted when above 1.6, else inconclusive.",
         run=linear_cost,
     ),
     Claim(
         system="agent_attention",
         name="more_agents_are_closer",
         statement="Agent attention is an approximation of softmax attention that more agents make better.",
-        rule="Patches of photographs, 28 x 28 tokens: relative error of the output for 4 to 784 agents. Confirmed when it "
-        "falls at every step, refuted when it falls by less than a tenth in all, else inconclusive.",
+        rule="Patches of photographs, 28 x 28 tokens: relative error of the output for 4 to 784 agents. Confirmed when "
+        "it falls at every step, refuted when it falls by less than a tenth in all, else inconclusive.",
         run=more_agents_are_closer,
     ),
     Claim(
         system="agent_attention",
         name="diffusion_without_training",
         statement="Put into Stable Diffusion without training, agent attention makes a step faster.",
-        rule="One self-attention block of 320 channels on 64 x 64 tokens, two samples, random weights, ratio 0.1. Confirmed "
-        "when it is faster with agents than without, unchanged bit for bit at ratio 0 and after detaching; else refuted.",
+        rule="One self-attention block of 320 channels on 64 x 64 tokens, two samples, random weights, ratio 0.1. "
+        "Confirmed when it is faster with agents than without, unchanged bit for bit at ratio 0 and after detaching; "
+        "else refuted.",
         run=diffusion_without_training,
     ),
     Claim(
