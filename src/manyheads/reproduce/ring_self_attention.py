@@ -121,7 +121,9 @@ def _volume(seed: int) -> Finding:
         sent = ranks.run(volume_on_rank, tokens, seed)
     # Four all-reduces of (B, N, H d) a layer, 2 (W - 1) / W of which every rank sends.
     tensor_parallel = 8 * (WORLD - 1) * BATCH * HEADS * tokens * WIDTH
-    return Finding(max(sent), tensor_parallel, judge(set(sent) == {tensor_parallel}), {"sent by rank": sent})
+    return Finding(
+        float(max(sent)), float(tensor_parallel), judge(set(sent) == {tensor_parallel}), {"sent by rank": sent}
+    )
 
 
 def pairs_on_rank(layout: str, tokens: int, seed: int) -> list[int]:
@@ -147,7 +149,7 @@ def _linformer(seed: int) -> Finding:
     tokens, found = 256, {}
     with LocalRanks(WORLD) as ranks:
         for world in (1, 2, 4):
-            found[f"W={world}"] = ranks.run(saved_on_rank, world, "linformer", tokens, seed)[0]["bytes"]
+            found[f"W={world}"] = float(ranks.run(saved_on_rank, world, "linformer", tokens, seed)[0]["bytes"])
     return Finding(found, None, judge(max(found.values()) <= 1.01 * min(found.values())), {"tokens a rank": tokens})
 
 
