@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -27,7 +28,9 @@ def four_ranks():
     # The ranks import the test modules by name, as pytest names them.
     sys.path.insert(0, ROOT)
     try:
-        with LocalRanks(4, timeout=60, preload=MODULES) as started:
+        with LocalRanks(4, timeout=300, preload=MODULES) as started:
+            started.run(os.getpid)  # the imports take a minute on a busy machine
+            started.timeout = 60.0
             yield started
     finally:
         sys.path.remove(ROOT)

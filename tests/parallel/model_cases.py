@@ -19,8 +19,8 @@ from manyheads.data.language_models import load_language_model
 from manyheads.data.text import python_documentation
 from manyheads.layers.lightning import TNLAttention
 from manyheads.parallel import context_parallel, record, shard
+from manyheads.parallel.local import group_of
 from manyheads.reproduce.byte_lm import ByteLM
-from tests.parallel.rank_cases import group_of
 
 VOCABULARY = 61
 _WIDE = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=2, vocab_size=VOCABULARY)

@@ -17,6 +17,7 @@ Source: "Sequence Parallelism: Long Sequence Training from System Perspective", 
 from __future__ import annotations
 
 import inspect
+import sys
 import zlib
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ from manyheads.parallel.lasp2h import lasp2h
 from manyheads.parallel.layouts import LAYOUTS, position_ids, shard, unshard
 from manyheads.parallel.ring_self_attention import ring_self_attention
 from manyheads.parallel.token_ring import token_ring
-from manyheads.parallel.wire import TIMEOUT, Wire, connect
+from manyheads.parallel.wire import TIMEOUT, RankError, Wire, connect
 
 METHODS = {"ring": ring_self_attention, "token_ring": token_ring, "lasp2h": lasp2h}
 GRADIENTS = ("sum", "averaged")
@@ -170,6 +171,8 @@ class ContextParallel:
             stack.callback(before.remove)
             after = self.model.register_forward_hook(self._leave_model, with_kwargs=True)
             stack.callback(after.remove)
+            failed = self.model.register_forward_hook(self._tell_failure, always_call=True)
+            stack.callback(failed.remove)
             self._attached = stack.pop_all()
         return self
 
@@ -264,7 +267,7 @@ class ContextParallel:
             if self._accepts("use_cache"):
                 given["use_cache"] = False
         self._batch = _Batch(tokens, cu_seqlens, key_mask)
-        if getattr(model, "is_gradient_checkpointing", False) and self._accepts("context_parallel"):
+        if _recomputes(model) and self._accepts("context_parallel"):
             # Recomputed in the backward pass, when the model may have seen another batch.
             given["context_parallel"] = self._batch
         return (), {
@@ -303,7 +306,7 @@ class ContextParallel:
             _check_rotary(owner.config.get_text_config(), tokens)
             _packs(given)
             _padding(given)
-        same = {f"shape of {name}": list(tensor.shape)}
+        same: dict[str, Any] = {f"shape of {name}": list(tensor.shape)}
         for key, value in given.items():
             if isinstance(value, Tensor) and not value.is_floating_point():
                 same[key] = zlib.crc32(value.detach().cpu().contiguous().numpy().tobytes())
@@ -328,6 +331,12 @@ class ContextParallel:
             # Rebuilt, because in these outputs the first field that is set comes first.
             output = type(output)(**{**dict(output), "loss": loss})
         return output
+
+    def _tell_failure(self, model: nn.Module, args: tuple, output: Any) -> None:
+        problem = sys.exc_info()[1] if output is None else None
+        # Bad input is refused on all ranks; anything else may have stopped this rank alone, and the others wait for it.
+        if problem is not None and not isinstance(problem, (RankError, ValueError, TypeError)):
+            self._wire._post({"error": f"{type(problem).__name__}: {problem}"})
 
     def _softmax(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None, passed: _Batch | None
@@ -416,6 +425,10 @@ def _first(given: dict[str, Any]) -> str:
         if isinstance(value, Tensor):
             return name
     raise ValueError("the model was called without a tensor of tokens")
+
+
+def _recomputes(model: nn.Module) -> bool:
+    return any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
 
 
 def _padding(given: dict[str, Any]) -> Tensor | None:

@@ -39,8 +39,11 @@ def pretrained(model: nn.Module) -> Any:
 def linear_layers(model: nn.Module) -> list[TNLAttention]:
     """The library's linear attention layers in the model."""
     # A model has none before their module was imported, and importing the layers takes seconds.
-    module = sys.modules.get("manyheads.layers.lightning")
-    return [] if module is None else [part for part in model.modules() if isinstance(part, module.TNLAttention)]
+    module: Any = sys.modules.get("manyheads.layers.lightning")
+    if module is None:
+        return []
+    kind: Any = module.TNLAttention
+    return [part for part in model.modules() if isinstance(part, kind)]
 
 
 @contextmanager
