@@ -27,6 +27,7 @@ ADAPTERS = _Adapters(
     litv2="litv2",
     transnext="transnext",
     maxvit="maxvit",
+    shvit="shvit",
     biformer="biformer",
     neighborhood_attention="neighborhood_attention",
     lightning_attention="lightning_attention",

@@ -290,6 +290,8 @@ VISION_SYSTEMS = (
         patterns=SELF,
         rooms=("layers", "models"),
         why="One attention head on a fraction of the channels: low latency on processors, GPUs and phones.",
+        state="works",
+        public=("manyheads.layers.shvit.SingleHeadAttention", "manyheads.models.vision.shvit.SHViT"),
     ),
     System(
         slug="sparsifiner",
@@ -330,6 +332,14 @@ VISION_SYSTEMS = (
         patterns=SELF,
         rooms=("ops", "layers", "models"),
         why="Each pixel sees a fine neighbourhood and a coarse whole in one softmax, at any resolution.",
+        state="works",
+        public=(
+            "manyheads.ops.aggregated.aggregated_attention",
+            "manyheads.layers.transnext.AggregatedAttention",
+            "manyheads.layers.transnext.CosineAttention",
+            "manyheads.layers.conv_ffn.ConvGLU",
+            "manyheads.models.vision.transnext.TransNeXt",
+        ),
     ),
     System(
         slug="vit_analytics",

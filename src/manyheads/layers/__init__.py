@@ -7,6 +7,7 @@ from manyheads.layers.hilo import DeformableMerging, HiLoAttention
 from manyheads.layers.lightning import TNLAttention
 from manyheads.layers.maxvit import MBConv, MultiAxisAttention, PartitionAttention
 from manyheads.layers.neighborhood import NeighborhoodAttention
+from manyheads.layers.shvit import SingleHeadAttention
 from manyheads.layers.transnext import AggregatedAttention, CosineAttention
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "MultiAxisAttention",
     "NeighborhoodAttention",
     "PartitionAttention",
+    "SingleHeadAttention",
     "TNLAttention",
     "WindowAttention",
 ]

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from manyheads.engines.common import check_choice
 from manyheads.engines.dense import attention
 from manyheads.layers.activations import TanhGELU
+from manyheads.layers.conv_norm import pointwise
 from manyheads.layers.relative_bias import RelativeBiasMlp, RelativeBiasTable
 from manyheads.ops.multi_axis import partition_sizes
 
@@ -304,12 +305,6 @@ class Shortcut(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.avg_pool2d(x, 2, ceil_mode=True)
         return pointwise(self.expand, x) if isinstance(self.expand, nn.Conv2d) else x
-
-
-def pointwise(convolution: nn.Conv2d, x: Tensor) -> Tensor:
-    """A 1 x 1 convolution as the matrix product that it is on a channels-last map, from and to (batch, dim, X, Y)."""
-    weight = convolution.weight[:, :, 0, 0]
-    return F.linear(x.permute(0, 2, 3, 1), weight, convolution.bias).permute(0, 3, 1, 2)
 
 
 class Conv3x3(nn.Conv2d):

@@ -1,5 +1,5 @@
 """Vision models on timm's parts, one file per system; importing this package registers them all with timm."""
 
-from manyheads.models.vision import agent, biformer, davit, inline, litv2, maxvit, nat, transnext
+from manyheads.models.vision import agent, biformer, davit, inline, litv2, maxvit, nat, shvit, transnext
 
-__all__ = ["agent", "biformer", "davit", "inline", "litv2", "maxvit", "nat", "transnext"]
+__all__ = ["agent", "biformer", "davit", "inline", "litv2", "maxvit", "nat", "shvit", "transnext"]
