@@ -188,6 +188,27 @@ def hilo(length: int, device: str, dtype: torch.dtype) -> Round:
     )
 
 
+def aggregated(length: int, device: str, dtype: torch.dtype) -> Round:
+    """TransNeXt: 3 x 3 neighbours and 49 pooled keys in one softmax, with biases and learnable tokens."""
+    from manyheads.ops.aggregated import aggregated_attention
+
+    side = round(length**0.5)
+    normal = partial(_normal, device=device, dtype=dtype)
+    grid, pooled = (1, 4, side, side, 24), (1, 4, 49, 24)
+    shapes = (grid, grid, grid, pooled, pooled, (4, 1, 1), (4, 9), (4, side * side, 49), (4, 24, 9))
+
+    def attend(*x: Tensor, backend: str = "auto") -> Tensor:
+        names = ("temperature", "bias_local", "bias_pool", "learnable_tokens")
+        return aggregated_attention(*x[:5], **dict(zip(names, x[5:])), backend=backend)
+
+    def dense(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3))
+
+    # The authors' path without their CUDA extension unfolds keys and values, as the reference does.
+    contestants = {OURS: attend, SDPA: dense, "unfolded neighbourhoods": partial(attend, backend="reference")}
+    return Round(tuple(normal(*shape) for shape in shapes), contestants)
+
+
 def channel(length: int, device: str, dtype: torch.dtype) -> Round:
     """DaViT's channel-group attention, 3 groups of 32 channels."""
     from manyheads.ops.channel import channel_attention
@@ -234,15 +255,26 @@ def merging(length: int, device: str, dtype: torch.dtype) -> Round:
     return Round((*parts, *lses), {OURS: ours, "softmax over a stack": stacked})
 
 
+def sharded(length: int, device: str, dtype: torch.dtype) -> Round:
+    """Causal attention over two processes of this machine; "manyheads" is the zigzag ring. CPU, whatever the device."""
+    from benchmarks.parallel import contestants
+
+    found = contestants()
+    found = {OURS: found.pop("zigzag ring"), SDPA: partial(F.scaled_dot_product_attention, is_causal=True), **found}
+    return Round(_qkv(length, "cpu", dtype, heads=4), found)
+
+
 CASES = (
     Case("learnable bias", "dense", learnable_bias, lengths=(256, 1024, 2048)),
     Case("sliding window 129", "blocksparse", sliding_window),
     Case("neighborhood 7 x 7", "blocksparse", neighborhood_2d, lengths=(28 * 28, 56 * 56, 128 * 128)),
     Case("bi-level routing top-4 of 49", "blocksparse", bilevel_routing, lengths=(28 * 28, 56 * 56, 126 * 126)),
     Case("HiLo, alpha 0.9, window 2", "dense", hilo, lengths=(14 * 14, 28 * 28, 56 * 56)),
+    Case("aggregated 3 x 3 and 7 x 7", "merge", aggregated, lengths=(14 * 14, 28 * 28, 56 * 56)),
     Case("linear with decay", "linear", linear_decay),
     Case("linear with features", "linear", linear_feature_map),
     Case("channel groups", "linear", channel),
     Case("decode 512 selected tokens", "select", decode_selected, backward=False),
     Case("merge of four", "merge", merging),
+    Case("causal, sharded over two ranks", "parallel", sharded, backward=False),
 )

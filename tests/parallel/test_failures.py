@@ -69,9 +69,9 @@ MORE = [(scheme, how) for scheme in SCHEMES for how in ("dies", "stalls", "fails
 )
 def test_every_other_rank_names_the_one_that_is_gone(scheme, how):
     started = time.monotonic()
-    with LocalRanks(4, timeout=30) as pool:
+    with LocalRanks(4, timeout=60) as pool:
         found = pool.attempt(_lose, scheme, how, 2)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 50
     for rank in (0, 1, 3):
         problem = found[rank]
         assert isinstance(problem, RankError), (rank, problem)
@@ -210,8 +210,9 @@ def _decays():
 
 
 def _absent():
+    dist.barrier()
     if dist.get_rank() == 3:
-        time.sleep(1.5)
+        time.sleep(2)
         return None
     return _problem(parallel.ring_self_attention, *tensors(), timeout=1)[0]
 
@@ -226,8 +227,8 @@ def _mesh():
 def _lose(scheme, how, victim):
     """One call that works, then one in the middle of which a rank is lost."""
     given = [t.requires_grad_() for t in tensors()]
-    out = getattr(parallel, scheme)(*given, timeout=1)
-    out.sum().backward()
+    getattr(parallel, scheme)(*given, timeout=60).sum().backward()
+    dist.barrier()
     if dist.get_rank() == victim:
         from manyheads.parallel import wire
 
@@ -239,12 +240,12 @@ def _lose(scheme, how, victim):
                 if how.startswith("dies"):
                     os._exit(3)
                 if how == "stalls":
-                    time.sleep(4)
+                    time.sleep(6)
                 raise MemoryError("no room for the buffer")
             post(self, what, *rest)
 
         wire.Wire._record = lost
-    getattr(parallel, scheme)(*given, timeout=1).sum().backward()
+    getattr(parallel, scheme)(*given, timeout=2).sum().backward()
 
 
 def _divide():
