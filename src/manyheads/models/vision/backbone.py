@@ -101,7 +101,7 @@ class Backbone(nn.Module):
         """Recompute blocks in the backward pass instead of keeping their activations."""
         for module in self.modules():
             if hasattr(module, "grad_checkpointing"):
-                module.grad_checkpointing = enable
+                setattr(module, "grad_checkpointing", enable)  # noqa: B010
 
     def get_classifier(self) -> nn.Module:
         """The last linear layer."""

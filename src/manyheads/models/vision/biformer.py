@@ -27,6 +27,7 @@ from manyheads.layers.biformer import AxialAttention, BiLevelRoutingAttention, C
 from manyheads.layers.davit import ConvPositionEncoding, WindowAttention
 from manyheads.models.checkpoints import State, rename
 from manyheads.models.registry import register
+from manyheads.models.vision.backbone import Backbone
 from manyheads.models.vision.features import check_image, stage_indices
 
 ATTENTIONS = ("bra", "window", "axial")
@@ -102,7 +103,7 @@ class Stage(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
-class BiFormer(nn.Module):
+class BiFormer(Backbone):
     """The BiFormer classifier and backbone.
 
     Args:
@@ -190,7 +191,7 @@ class BiFormer(nn.Module):
         for name, values in per_stage.items():
             if len(values) != count:
                 raise ValueError(f"{name}={values} must name one value for each of the {count} embed_dims")
-        self.in_chans, self.num_classes = in_chans, num_classes
+        self.in_chans, self.num_classes, self.drop_rate = in_chans, num_classes, drop_rate
         self.num_features = self.head_hidden_size = embed_dims[-1]
 
         def mixer(s: int, j: int) -> nn.Module:
@@ -227,69 +228,16 @@ class BiFormer(nn.Module):
             {"num_chs": dim, "reduction": 4 * 2**s, "module": f"stages.{s}"} for s, dim in enumerate(embed_dims)
         ]
         self.norm = nn.BatchNorm2d(self.num_features)
-        self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         self.apply(_initialise)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute blocks in the backward pass instead of keeping their activations."""
-        for stage in self.stages:
-            assert isinstance(stage, Stage)
-            stage.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Parameter groups from stem to head, for timm's layer-wise learning rate decay."""
         later = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
         return {"stem": r"^stages\.0\.downsample", "blocks": r"^stages\.(\d+)" if coarse else later}
 
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh classifier of another width; the pooling stays the mean."""
-        if global_pool not in (None, "avg"):
-            raise ValueError(f"global_pool={global_pool!r}: BiFormer pools by the mean ('avg')")
-        self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Maps of the stages ``indices`` (all for None, the last n for an int), before the final batch norm.
-
-        ``norm`` applies that batch norm to the last stage's map among them; the other output is always normed.
-        """
-        check_choice("output_fmt", output_fmt, ("NCHW",))
-        wanted = stage_indices(len(self.stages), indices)
-        check_image(x, self.in_chans)
-        maps, last = [], len(self.stages) - 1
-        for s, stage in enumerate(self.stages[: max(wanted) + 1] if stop_early else self.stages):
-            x = stage(x)
-            if s in wanted:
-                maps.append(self.norm(x) if norm and s == last else x)
-        if intermediates_only:
-            return maps
-        return (self.norm(x) if x.shape[1] == self.num_features else x), maps
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """The last stage's map after the final batch norm, (batch, channels, X, Y)."""
-        check_image(x, self.in_chans)
-        return self.norm(self.stages(x))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Mean over positions, then classify; ``pre_logits`` stops before the classifier."""
-        x = self.head_drop(x.mean(dim=(2, 3)))
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
+    def finish(self, x: Tensor) -> Tensor:
+        return self.norm(x)
 
 
 class BiFormerDense(nn.Module):

@@ -24,7 +24,7 @@ from manyheads.engines.common import check_choice
 from manyheads.layers.davit import ChannelAttention, ConvPositionEncoding, WindowAttention
 from manyheads.models.checkpoints import State, rename
 from manyheads.models.registry import register
-from manyheads.models.vision.features import check_image, stage_indices
+from manyheads.models.vision.backbone import Backbone
 
 ATTENTIONS = ("spatial", "channel")
 
@@ -97,7 +97,7 @@ class Stage(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
-class DaViT(nn.Module):
+class DaViT(Backbone):
     """The DaViT classifier and backbone, for images of any size.
 
     Args:
@@ -158,7 +158,6 @@ class DaViT(nn.Module):
             check_choice("attention_types", kind, ATTENTIONS)
         self.in_chans, self.num_classes = in_chans, num_classes
         self.num_features = self.head_hidden_size = embed_dims[-1]
-        self.grad_checkpointing = False
 
         self.stem = Stem(in_chans, embed_dims[0])
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths) * len(attention_types), device="cpu").tolist())
@@ -188,13 +187,6 @@ class DaViT(nn.Module):
         )
         self.apply(_initialise)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute blocks in the backward pass instead of keeping their activations."""
-        self.grad_checkpointing = enable
-        for stage in self.modules():
-            if isinstance(stage, Stage):
-                stage.grad_checkpointing = enable
-
     def group_matcher(self, coarse: bool = False) -> dict:
         """Parameter groups from stem to head, for timm's layer-wise learning rate decay."""
         blocks = (
@@ -213,41 +205,12 @@ class DaViT(nn.Module):
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Maps of the stages ``indices`` (all for None, the last n for an int), as timm's feature getter asks for them.
-
-        ``norm`` has nothing to do, because DaViT norms after pooling.
-        """
-        check_choice("output_fmt", output_fmt, ("NCHW",))
-        wanted = stage_indices(len(self.stages), indices)
-        check_image(x, self.in_chans)
-        x = self.stem(x)
-        maps = []
-        for s, stage in enumerate(self.stages[: max(wanted) + 1] if stop_early else self.stages):
-            x = stage(x)
-            if s in wanted:
-                maps.append(x)
-        return maps if intermediates_only else (x, maps)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """The last stage's map, (batch, channels, X, Y)."""
-        check_image(x, self.in_chans)
-        return self.stages(self.stem(x))
+    def embed(self, image: Tensor) -> Tensor:
+        return self.stem(image)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool, then norm, then classify; ``pre_logits`` stops before the classifier."""
         return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 class DaViTDense(nn.Module):

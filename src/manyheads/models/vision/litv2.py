@@ -13,7 +13,6 @@ Source: "Fast Vision Transformers with HiLo Attention", arXiv 2205.13213.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +20,12 @@ from timm.layers import DropPath, trunc_normal_
 from timm.models import checkpoint as recompute
 from torch import Tensor, nn
 
-from manyheads.engines.common import check_choice
 from manyheads.layers.conv_ffn import ConvFeedForward, initialise_convolution
 from manyheads.layers.hilo import DeformableMerging, HiLoAttention
 from manyheads.models.checkpoints import CheckpointError, State, rename
 from manyheads.models.registry import register
-from manyheads.models.vision.features import check_image, stage_indices
+from manyheads.models.vision.backbone import Backbone
+from manyheads.models.vision.features import check_image
 
 
 class Block(nn.Module):
@@ -80,7 +79,7 @@ class Stage(nn.Module):
         return x, x if self.downsample is None else self.downsample(x)
 
 
-class LITv2(nn.Module):
+class LITv2(Backbone):
     """The LITv2 classifier and backbone, for images of any size.
 
     Args:
@@ -117,6 +116,9 @@ class LITv2(nn.Module):
     >>> model(torch.randn(2, 3, 40, 33)).shape
     torch.Size([2, 10])
     """
+
+    stages_name = "layers"
+    channels_last = True
 
     def __init__(
         self,
@@ -164,12 +166,6 @@ class LITv2(nn.Module):
         self.head = nn.Linear(dims[-1], num_classes) if num_classes else nn.Identity()
         self.apply(_initialise)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute blocks in the backward pass instead of keeping their activations."""
-        for stage in self.modules():
-            if isinstance(stage, Stage):
-                stage.grad_checkpointing = enable
-
     def lr_scales(self) -> dict[str, float]:
         """Parameters that learn slower than the others: the offsets of the mergings, at a hundredth of the rate."""
         return {name: 0.01 for name, _ in self.named_parameters() if ".downsample.offset." in name}
@@ -181,74 +177,19 @@ class LITv2(nn.Module):
         )
         return {"stem": r"^patch_embed", "blocks": blocks}
 
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
-        return self.head
+    def embed(self, image: Tensor) -> Tensor:
+        return self.patch_embed(image)
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh classifier of another width; the pooling is always the mean."""
-        check_choice("global_pool", global_pool or "avg", ("avg",))
-        self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.head.to(next(self.patch_embed.parameters()).device)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Maps of the stages ``indices`` before their merging (all for None, the last n for an int).
-
-        ``norm`` applies the final LayerNorm to the last stage's map.
-        """
-        check_choice("output_fmt", output_fmt, ("NCHW",))
-        wanted = stage_indices(len(self.layers), indices)
-        x = self._embed(x)
-        maps = []
-        for index, stage in enumerate(self.layers):
-            kept, x = stage(x)
-            last = index == len(self.layers) - 1
-            if index in wanted:
-                maps.append((self.norm(kept) if norm and last else kept).permute(0, 3, 1, 2))
-            if stop_early and index == max(wanted):
-                break
-        return maps if intermediates_only else (self.norm(x), maps)
+    def finish(self, x: Tensor) -> Tensor:
+        return self.norm(x)
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the stages after the last one wanted, and the parts that only the classifier needs."""
-        wanted = stage_indices(len(self.layers), indices)
-        self.layers = self.layers[: max(wanted) + 1]
+        """Drop the stages after the last one wanted, its merging, and what only the classifier needs."""
+        wanted = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         cast(Stage, self.layers[-1]).downsample = None
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.head = nn.Identity()
         return wanted
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """The last stage's normed map, (batch, X, Y, channels)."""
-        x = self._embed(x)
-        for stage in self.layers:
-            _, x = stage(x)
-        return self.norm(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Mean over positions, then classify; ``pre_logits`` stops before the classifier."""
-        pooled = F.dropout(x.mean((1, 2)), self.drop_rate, self.training)
-        return pooled if pre_logits else self.head(pooled)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-    def _embed(self, image: Tensor) -> Tensor:
-        check_image(image, self.in_chans)
-        return self.patch_embed(image)
 
 
 class LITv2Dense(nn.Module):

@@ -22,7 +22,6 @@ arXiv 2209.15001.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +33,7 @@ from torch import Tensor, nn
 from manyheads.engines.common import check_choice
 from manyheads.layers.neighborhood import NeighborhoodAttention
 from manyheads.models.registry import register
-from manyheads.models.vision.features import check_image, stage_indices
+from manyheads.models.vision.backbone import Backbone
 from manyheads.models.vision.nat_checkpoints import checkpoint_filter_fn
 
 
@@ -173,7 +172,7 @@ class Level(nn.Module):
         return x, x if self.downsample is None else self.downsample(x)
 
 
-class NAT(nn.Module):
+class NAT(Backbone):
     """NAT, DiNAT, DiNAT_s, their isotropic forms and the ViT with relative bias, as classifier and backbone.
 
     Args:
@@ -209,6 +208,9 @@ class NAT(nn.Module):
     >>> model(torch.randn(2, 3, 40, 33)).shape
     torch.Size([2, 10])
     """
+
+    stages_name = "levels"
+    channels_last = True
 
     def __init__(
         self,
@@ -273,12 +275,6 @@ class NAT(nn.Module):
         self.head = nn.Linear(dims[-1], num_classes) if num_classes else nn.Identity()
         self.apply(_initialise)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute blocks in the backward pass instead of keeping their activations."""
-        for level in self.modules():
-            if isinstance(level, Level):
-                level.grad_checkpointing = enable
-
     def no_weight_decay(self) -> set[str]:
         """The relative biases, which the recipe trains without weight decay."""
         return {name for name, _ in self.named_parameters() if name.endswith("rpb")}
@@ -290,73 +286,19 @@ class NAT(nn.Module):
         )
         return {"stem": r"^patch_embed", "blocks": blocks}
 
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
-        return self.head
+    def embed(self, image: Tensor) -> Tensor:
+        return self.patch_embed(image)
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh classifier of another width; the pooling is always the mean."""
-        check_choice("global_pool", global_pool or "avg", ("avg",))
-        self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.head.to(next(self.patch_embed.parameters()).device)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Maps of the levels ``indices`` before their downsampling (all for None, the last n for an int).
-
-        ``norm`` applies the final LayerNorm to the last level's map.
-        """
-        check_choice("output_fmt", output_fmt, ("NCHW",))
-        wanted = stage_indices(len(self.levels), indices)
-        check_image(x, self.in_chans)
-        x = self.patch_embed(x)
-        kept = x
-        maps = []
-        for index, level in enumerate(self.levels):
-            kept, x = level(x)
-            last = index == len(self.levels) - 1
-            if index in wanted:
-                maps.append((self.norm(kept) if norm and last else kept).permute(0, 3, 1, 2))
-            if stop_early and index == max(wanted):
-                break
-        return maps if intermediates_only else (self.norm(x), maps)
+    def finish(self, x: Tensor) -> Tensor:
+        return self.norm(x)
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the levels after the last one wanted, and the parts that only the classifier needs."""
-        wanted = stage_indices(len(self.levels), indices)
-        self.levels = self.levels[: max(wanted) + 1]
+        """Drop the levels after the last one wanted, its downsampling, and what only the classifier needs."""
+        wanted = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         cast(Level, self.levels[-1]).downsample = None
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.head = nn.Identity()
         return wanted
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """The last level's normed map, (batch, X, Y, channels)."""
-        check_image(x, self.in_chans)
-        x = self.patch_embed(x)
-        for level in self.levels:
-            _, x = level(x)
-        return self.norm(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Mean over tokens, then classify; ``pre_logits`` stops before the classifier."""
-        pooled = F.dropout(x.mean((1, 2)), self.drop_rate, self.training)
-        return pooled if pre_logits else self.head(pooled)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 def _initialise(module: nn.Module) -> None:
