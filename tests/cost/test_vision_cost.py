@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from manyheads.cost import cost
+from manyheads.ops.aggregated import aggregated_attention
 from manyheads.ops.hilo import hilo_attention, low_head_count
 
 SIZES = dict(batch=2, heads=4, head_dim=16, element_bytes=4)
@@ -25,3 +26,13 @@ def test_hilo_counts_what_torch_counts(window: int, alpha: float) -> None:
     found = cost("litv2", 96, window=window, alpha=alpha, **SIZES)
     assert _counted(lambda: hilo_attention(x, x, x, window=window, low_heads=low)) == found.forward_flops
     assert found.backward_flops == 2.5 * found.forward_flops
+
+
+@pytest.mark.parametrize("window", [3, 5])
+def test_aggregated_counts_what_torch_counts(window: int) -> None:
+    x, far = torch.randn(2, 4, 8, 12, 16, device="meta"), torch.randn(2, 4, 6, 16, device="meta")
+    learnt = {"temperature": torch.ones(4, 1, 1, device="meta")}
+    learnt |= {"learnable_tokens": torch.ones(4, 16, window**2, device="meta")}
+    found = cost("transnext", 96, window=window, pooled=6, **SIZES)
+    counted = _counted(lambda: aggregated_attention(x, x, x, far, far, window=window, backend="reference", **learnt))
+    assert counted == found.forward_flops

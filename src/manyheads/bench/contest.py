@@ -120,6 +120,7 @@ def contestants(shape: Shape) -> dict[str, tuple[str, Callable[..., Tensor]]]:
         "davit": _channel,
         "biformer": _bilevel_routing,
         "litv2": _hilo,
+        "transnext": _aggregated,
         "duo_attention": _duo,
     }
     dense = ("all pairs", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=shape.causal))
@@ -193,6 +194,24 @@ def _hilo(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
         return hilo_attention(q, k, v, window=window, low_heads=low).flatten(2, 3)
 
     return f"{shape.heads - low} heads in windows, {low} on a map pooled {window} x {window}", split
+
+
+def _aggregated(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
+    from manyheads.ops.aggregated import aggregated_attention
+
+    rows, columns = shape.grid
+    cells = (min(7, rows), min(7, columns))
+
+    def both(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        far = (
+            F.adaptive_avg_pool2d(x.mT.unflatten(3, (rows, columns)).flatten(0, 1), cells).flatten(2).mT for x in (k, v)
+        )
+        far_key, far_value = (x.unflatten(0, k.shape[:2]) for x in far)
+        q, k, v = (x.unflatten(2, (rows, columns)) for x in (q, k, v))
+        temperature = q.new_full((q.shape[1], 1, 1), 4.15)
+        return aggregated_attention(q, k, v, far_key, far_value, temperature=temperature).flatten(2, 3)
+
+    return f"3 x 3 and {cells[0]} x {cells[1]} pooled", both
 
 
 def _duo(shape: Shape) -> tuple[str, Callable[..., Tensor]]:

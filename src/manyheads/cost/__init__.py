@@ -7,7 +7,7 @@ import inspect
 from typing import Any
 
 from manyheads.cost.formulas import Cost, Shape, bilevel_routing, channel, dense, duo, lightning, neighborhood
-from manyheads.cost.vision import hilo
+from manyheads.cost.vision import aggregated, hilo
 
 __all__ = ["FORMULAS", "Cost", "cost"]
 
@@ -19,6 +19,7 @@ FORMULAS = {
     "davit": channel,
     "biformer": bilevel_routing,
     "litv2": hilo,
+    "transnext": aggregated,
     "duo_attention": duo,
 }
 
@@ -46,6 +47,7 @@ def cost(
         element_bytes: bytes of one number of the inputs, 2 for bfloat16.
         settings: the system's own sizes: ``window`` (neighborhood_attention, keys for every query), ``block``
             (lightning), ``regions`` and ``topk`` (biformer), ``window`` (tokens of a side) and ``alpha`` (litv2),
+            ``window`` (likewise) and ``pooled`` (transnext),
             ``retrieval``, ``sinks``, ``recent`` and ``chunk`` (duo_attention), ``causal`` (dense).
 
     Raises:

@@ -21,3 +21,21 @@ def hilo(shape: Shape, *, window: int = 2, alpha: int | float = 0.9) -> Cost:
         state_bytes=None,
         decode_flops=None,
     )
+
+
+def aggregated(shape: Shape, *, window: int = 3, pooled: int = 49) -> Cost:
+    """TransNeXt: ``window`` x ``window`` neighbours and ``pooled`` keys of the whole map for every query."""
+    near = window * window
+    operations = shape.rows * shape.head_dim * (6.0 * near + 4.0 * pooled)
+    return Cost(
+        settings=f"{window} x {window} neighbours and {pooled} pooled keys",
+        formula="forward 4 N (w^2 + P) D a head, plus 2 N w^2 D for the learnable tokens; backward twice that (weights "
+        "are kept)",
+        causal=False,
+        forward_flops=operations,
+        backward_flops=2.0 * operations,
+        traffic_bytes=shape.operand_bytes
+        + 2.0 * shape.batch * shape.kv_heads * pooled * shape.head_dim * shape.element_bytes,
+        state_bytes=None,
+        decode_flops=None,
+    )

@@ -15,19 +15,18 @@ Source: "TransNeXt: Robust Foveal Visual Perception for Vision Transformers", ar
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath, trunc_normal_
 from timm.models import checkpoint as recompute
 from torch import Tensor, nn
 
-from manyheads.engines.common import check_choice
 from manyheads.layers.conv_ffn import ConvGLU, initialise_convolution
 from manyheads.layers.transnext import AggregatedAttention, CosineAttention
 from manyheads.models.checkpoints import State, rename
 from manyheads.models.registry import register
-from manyheads.models.vision.features import check_image, stage_indices
+from manyheads.models.vision.backbone import Backbone
 
 EPS = 1e-6  # of block and stage norms; patch embeddings and pooled branches have 1e-5
 
@@ -77,7 +76,7 @@ class Stage(nn.Module):
         return self.norm(x)
 
 
-class TransNeXt(nn.Module):
+class TransNeXt(Backbone):
     """The TransNeXt classifier and backbone, for images of any size.
 
     Args:
@@ -117,6 +116,8 @@ class TransNeXt(nn.Module):
     >>> model(torch.randn(2, 3, 40, 33)).shape
     torch.Size([2, 10])
     """
+
+    channels_last = True
 
     def __init__(
         self,
@@ -178,12 +179,6 @@ class TransNeXt(nn.Module):
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         self.apply(_initialise)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute blocks in the backward pass instead of keeping their activations."""
-        for stage in self.modules():
-            if isinstance(stage, Stage):
-                stage.grad_checkpointing = enable
-
     def no_weight_decay(self) -> set[str]:
         """Query embeddings, local biases, the bias networks and temperatures, as the recipe trains them."""
         kept = ("query_embedding", "relative_pos_bias_local", "cpb", "temperature")
@@ -196,66 +191,8 @@ class TransNeXt(nn.Module):
         )
         return {"stem": r"^stages\.0\.patch_embed", "blocks": blocks}
 
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh classifier of another width; the pooling is always the mean."""
-        check_choice("global_pool", global_pool or "avg", ("avg",))
-        self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.head.to(next(self.stages.parameters()).device)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Normed maps of the stages ``indices`` (all for None, the last n for an int).
-
-        ``norm`` has nothing to do, because every stage ends with its LayerNorm.
-        """
-        check_choice("output_fmt", output_fmt, ("NCHW",))
-        wanted = stage_indices(len(self.stages), indices)
-        check_image(x, self.in_chans)
-        x = x.permute(0, 2, 3, 1)
-        maps = []
-        for s, stage in enumerate(self.stages[: max(wanted) + 1] if stop_early else self.stages):
-            x = stage(x)
-            if s in wanted:
-                maps.append(x.permute(0, 3, 1, 2))
-        return maps if intermediates_only else (x, maps)
-
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop the stages after the last one wanted, and the classifier; ``prune_norm`` has nothing to drop."""
-        wanted = stage_indices(len(self.stages), indices)
-        self.stages = self.stages[: max(wanted) + 1]
-        if prune_head:
-            self.head = nn.Identity()
-        return wanted
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """The last stage's normed map, (batch, X, Y, channels)."""
-        check_image(x, self.in_chans)
-        x = x.permute(0, 2, 3, 1)
-        for stage in self.stages:
-            x = stage(x)
-        return x
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Mean over positions, then classify; ``pre_logits`` stops before the classifier."""
-        pooled = F.dropout(x.mean((1, 2)), self.drop_rate, self.training)
-        return pooled if pre_logits else self.head(pooled)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
+    def embed(self, image: Tensor) -> Tensor:
+        return image.permute(0, 2, 3, 1)
 
 
 def checkpoint_filter_fn(state: State, model: nn.Module) -> State:
@@ -311,6 +248,7 @@ VARIANTS = {
 }
 for _name, _variant in VARIANTS.items():
     _side = int(_variant.get("img_size", 224))
+    _large_images: dict[str, Any] = {"crop_pct": 1.0, "crop_mode": "squash"} if _side == 384 else {}
     register(
         _name,
         TransNeXt,
@@ -321,6 +259,5 @@ for _name, _variant in VARIANTS.items():
         classifier="head",
         input_size=(3, _side, _side),
         pool_size=(_side // 32, _side // 32),
-        crop_pct=1.0 if _side == 384 else 0.875,
-        **({"crop_mode": "squash"} if _side == 384 else {}),
+        **{"crop_pct": 0.875, **_large_images},
     )

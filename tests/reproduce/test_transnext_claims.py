@@ -1,0 +1,31 @@
+"""The quick claims of TransNeXt, and that its rivals in the long ones are of equal size."""
+
+from __future__ import annotations
+
+from timm.layers import Mlp
+
+from manyheads.layers.conv_ffn import ConvGLU
+from manyheads.reproduce import transnext
+from manyheads.reproduce.claims import Verdict
+
+
+def test_the_log_of_the_length_keeps_the_entropy() -> None:
+    finding = transnext.entropy_stays(0)
+    assert finding.measured["nats"] < 0.3 < finding.baseline["nats"]
+    # Divided by the log of the number of keys it is the other way round: the two readings of the claim disagree.
+    assert finding.measured["share_of_log"] > finding.baseline["share_of_log"]
+    assert finding.verdict is Verdict.INCONCLUSIVE
+
+
+def test_sizes_alone_do_not_confirm_accuracies() -> None:
+    assert transnext.published_sizes(0).verdict is Verdict.INCONCLUSIVE
+
+
+def test_channel_mixers_are_of_equal_size() -> None:
+    counts = [
+        sum(parameter.numel() for parameter in mixer.parameters())
+        for mixer in (ConvGLU(48, 96), transnext._GLU(48, 96), Mlp(48, 144))
+    ]
+    assert max(counts) / min(counts) < 1.08
+    model = transnext._with_mixer(lambda dim: transnext._GLU(dim, 2 * dim))
+    assert all(isinstance(stage.blocks[0].mlp, transnext._GLU) for stage in model.stages)
