@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from manyheads.parallel import LocalRanks, record, ring_self_attention, rsa_attention, rsa_linformer
 from manyheads.parallel.local import group_of
@@ -27,6 +27,10 @@ def shards(seed: int, tokens: int) -> list[Tensor]:
     return [torch.randn(BATCH, HEADS, tokens, WIDTH, requires_grad=True) for _ in range(3)]
 
 
+def _gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
 def smollm2_on_rank(tokens: int) -> dict[str, dict[str, float]] | None:
     """Rank 0: relative errors of loss and gradients of every layout against the model on this rank alone."""
     from manyheads.data.language_models import load_language_model
@@ -35,23 +39,22 @@ def smollm2_on_rank(tokens: int) -> dict[str, dict[str, float]] | None:
 
     model, tokenizer = load_language_model("smollm2")
     ids = torch.tensor([tokenizer(python_documentation()[: 8 * tokens])["input_ids"][:tokens]])
-    want, loss = {}, torch.zeros(())
+    want, loss = {}, 0.0
     if dist.get_rank() == 0:
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        want = {name: parameter.grad for name, parameter in model.named_parameters()}
+        alone = model(input_ids=ids, labels=ids, use_cache=False).loss
+        alone.backward()
+        want, loss = _gradients(model), float(alone.detach())
     errors = {}
     for layout in LAYOUTS:
-        for parameter in model.parameters():
-            parameter.grad = None
+        model.zero_grad()
         with context_parallel(model, method="ring", layout=layout):
             sharded = model(input_ids=ids, labels=ids, use_cache=False).loss
             sharded.backward()
         if want:
-            off = sum(float((p.grad - want[name]).square().sum()) for name, p in model.named_parameters())
+            off = sum(float((grad - want[name]).square().sum()) for name, grad in _gradients(model).items())
             size = sum(float(grad.square().sum()) for grad in want.values())
             errors[layout] = {
-                "loss": abs(float(sharded - loss)) / abs(float(loss)),
+                "loss": abs(float(sharded.detach()) - loss) / abs(loss),
                 "gradients": (off / size) ** 0.5,
             }
     return errors or None
