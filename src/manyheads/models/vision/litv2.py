@@ -13,6 +13,7 @@ Source: "Fast Vision Transformers with HiLo Attention", arXiv 2205.13213.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F

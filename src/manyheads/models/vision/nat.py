@@ -22,6 +22,7 @@ arXiv 2209.15001.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
