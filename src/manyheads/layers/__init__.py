@@ -3,6 +3,7 @@
 from manyheads.layers.biformer import BiLevelRoutingAttention
 from manyheads.layers.conv_ffn import ConvFeedForward, ConvGLU
 from manyheads.layers.davit import ChannelAttention, ConvPositionEncoding, WindowAttention
+from manyheads.layers.halo import HaloAttention
 from manyheads.layers.hilo import DeformableMerging, HiLoAttention
 from manyheads.layers.lightning import TNLAttention
 from manyheads.layers.maxvit import MBConv, MultiAxisAttention, PartitionAttention
@@ -19,6 +20,7 @@ __all__ = [
     "ConvPositionEncoding",
     "CosineAttention",
     "DeformableMerging",
+    "HaloAttention",
     "HiLoAttention",
     "MBConv",
     "MultiAxisAttention",

@@ -84,12 +84,12 @@ class Residual(nn.Module):
 
 @torch.no_grad()
 def fold_norm(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> FusedConv:
-    """A convolution and the batch norm behind it as one convolution, with the norm's running statistics."""
+    """A convolution (square, padded by half its kernel or not at all) and its batch norm as one, for evaluation."""
     factor, shift = norm_affine(norm)
+    kernel, padded = convolution.kernel_size[0], bool(convolution.padding[0])
     fused = FusedConv(
-        convolution.in_channels, convolution.out_channels, convolution.kernel_size, convolution.stride,
-        convolution.padding, groups=convolution.groups, device=convolution.weight.device,
-        dtype=convolution.weight.dtype,
+        convolution.in_channels, convolution.out_channels, kernel, convolution.stride[0], kernel // 2 * padded,
+        groups=convolution.groups, device=convolution.weight.device, dtype=convolution.weight.dtype,
     )  # fmt: skip
     assert fused.bias is not None
     fused.weight.copy_(convolution.weight * factor[:, None, None, None])

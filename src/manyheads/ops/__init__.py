@@ -3,6 +3,7 @@
 from manyheads.ops.aggregated import aggregated_attention, length_scaled_query
 from manyheads.ops.bilevel_routing import bilevel_routing_attention
 from manyheads.ops.channel import channel_attention
+from manyheads.ops.halo import halo_attention
 from manyheads.ops.hilo import hilo_attention, low_head_count
 from manyheads.ops.lightning import lightning_attention, lightning_attention_step, lightning_slopes
 from manyheads.ops.multi_axis import block_attention, grid_attention, relative_bias
@@ -17,6 +18,7 @@ __all__ = [
     "block_attention",
     "channel_attention",
     "grid_attention",
+    "halo_attention",
     "hilo_attention",
     "length_scaled_query",
     "lightning_attention",
