@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from manyheads.adapt.duo_attention import DuoAttention
 from manyheads.adapt.duo_pattern import save_pattern
-from manyheads.bench.language import FACTS, measure, memory_and_speed, perplexity, pieces, rouge1_recall
+from manyheads.bench.language import FACTS, measure, memory_and_speed, perplexity, pieces
 from manyheads.bench.try_method import attention_patterns, try_method
 from manyheads.data.needles import NEEDLES
 from manyheads.data.text import python_documentation
@@ -60,12 +60,6 @@ def test_bytes_are_those_of_the_tensors_held(model) -> None:
     retrieval = torch.tensor([[True, False], [False, False]])
     with DuoAttention(retrieval, sinks=4, recent=16)(model):
         assert memory_and_speed(model, tokens, chunk=32, decode_tokens=2)[0] == row * (100 + 3 * 20)
-
-
-def test_rouge_recall_counts_the_answers_words() -> None:
-    assert rouge1_recall("I would ride the trams", "ride a tram") == pytest.approx(2 / 3)
-    assert rouge1_recall("", "ride a tram") == 0
-    assert rouge1_recall("ride a tram and more", "ride a tram") == 1
 
 
 def test_measuring_tells_of_every_piece(model, tokenizer) -> None:

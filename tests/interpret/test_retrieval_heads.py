@@ -117,6 +117,8 @@ def test_a_word_is_found_with_its_leading_space() -> None:
 def test_recall_is_of_the_answer() -> None:
     assert rouge_recall("a b c d", "x a b y") == 50.0
     assert rouge_recall("running", "") == 0.0
+    assert rouge_recall("ride a tram", "ride a tram and more") == 100.0
+    assert rouge_recall("ride a tram", "I would ride the trams") == pytest.approx(200 / 3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

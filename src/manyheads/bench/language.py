@@ -15,13 +15,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from rouge_score.rouge_scorer import RougeScorer
 from transformers import Cache, DynamicCache
 
 from manyheads.adapt.duo_cache import live_bytes
 from manyheads.bench.trial import Measurement
 from manyheads.data.needles import Needle, needle_prompt
 from manyheads.data.text import documentation_split
+from manyheads.interpret.retrieval_scores import rouge_recall
 
 # ``advance(what)`` is called after every finished piece of work.
 Advance = Callable[[str], None]
@@ -161,16 +161,7 @@ def needle_recall(
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
     )
     said = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-    return rouge1_recall(said, needle.answer)
-
-
-def rouge1_recall(said: str, answer: str) -> float:
-    """Share of the answer's words (stemmed) that were said.
-
-    >>> rouge1_recall("You ride a tram.", "ride the trams")
-    0.6666666666666666
-    """
-    return float(RougeScorer(["rouge1"], use_stemmer=True).score(answer, said)["rouge1"].recall)
+    return rouge_recall(needle.answer, said) / 100
 
 
 @torch.no_grad()

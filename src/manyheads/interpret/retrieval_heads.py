@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from manyheads.data.files import write_atomically
 from manyheads.data.needles import NEEDLES, Needle, NeedlePrompt, haystack_ids, needle_prompt
 from manyheads.interpret.attach import AttentionCall, attention_function, decoder, geometry, visible_keys
 from manyheads.interpret.mask_heads import mask_heads
-from manyheads.interpret.retrieval_result import NeedleTest, RetrievalHeads, write_atomically
+from manyheads.interpret.retrieval_result import NeedleTest, RetrievalHeads
 from manyheads.interpret.retrieval_scores import (
     aggregate,
     answer_span,

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from manyheads.data.files import write_atomically
 from manyheads.interpret.attach import Geometry
 from manyheads.interpret.retrieval_scores import aggregate
 
@@ -247,16 +246,3 @@ def read_scores(path: str | Path, geometry: Geometry | None = None) -> Tensor:
         raise ValueError(f"{path}: heads missing: {absent[:5]}; numbers of tests: {sorted(counts)}, need one")
     rows = [[scores[i, j] for j in range(heads)] for i in range(layers)]
     return torch.tensor(rows).permute(2, 0, 1)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -23,6 +23,7 @@ class Backbone(nn.Module):
 
     stages_name = "stages"
     channels_last = False  # whether stages hand on (batch, X, Y, channels)
+    downsamples_last = False  # whether a stage ends with its ``downsample`` (and returns pairs)
     in_chans: int
     num_classes: int
     num_features: int
@@ -91,6 +92,8 @@ class Backbone(nn.Module):
         """Drop the stages after the last one wanted, and the parts that only the classifier needs."""
         wanted = stage_indices(len(self._stages()), indices)
         setattr(self, self.stages_name, self._stages()[: max(wanted) + 1])
+        if self.downsamples_last:
+            setattr(self._stages()[-1], "downsample", None)  # noqa: B010
         if prune_norm and hasattr(self, "norm"):
             self.norm = nn.Identity()
         if prune_head:

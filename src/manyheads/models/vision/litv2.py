@@ -13,7 +13,6 @@ Source: "Fast Vision Transformers with HiLo Attention", arXiv 2205.13213.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -120,6 +119,7 @@ class LITv2(Backbone):
 
     stages_name = "layers"
     channels_last = True
+    downsamples_last = True
 
     def __init__(
         self,
@@ -183,14 +183,6 @@ class LITv2(Backbone):
 
     def finish(self, x: Tensor) -> Tensor:
         return self.norm(x)
-
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop the stages after the last one wanted, its merging, and what only the classifier needs."""
-        wanted = super().prune_intermediate_layers(indices, prune_norm, prune_head)
-        cast(Stage, self.layers[-1]).downsample = None
-        return wanted
 
 
 class LITv2Dense(nn.Module):

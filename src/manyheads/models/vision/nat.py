@@ -22,7 +22,6 @@ arXiv 2209.15001.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -212,6 +211,7 @@ class NAT(Backbone):
 
     stages_name = "levels"
     channels_last = True
+    downsamples_last = True
 
     def __init__(
         self,
@@ -292,14 +292,6 @@ class NAT(Backbone):
 
     def finish(self, x: Tensor) -> Tensor:
         return self.norm(x)
-
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop the levels after the last one wanted, its downsampling, and what only the classifier needs."""
-        wanted = super().prune_intermediate_layers(indices, prune_norm, prune_head)
-        cast(Level, self.levels[-1]).downsample = None
-        return wanted
 
 
 def _initialise(module: nn.Module) -> None:
