@@ -53,7 +53,9 @@ class ConvBnAct(nn.Module):
 class Block(nn.Module):
     """A bottleneck of either kind, "a" (attention) or "b" (convolution)."""
 
-    def __init__(self, dim: int, out_dim: int, kind: str, stride: int, options: dict[str, Any], drop: float) -> None:
+    def __init__(
+        self, dim: int, out_dim: int, kind: str, stride: int, options: dict[str, Any], drop: int | float
+    ) -> None:
         super().__init__()
         act = options["act"]
         inner = make_divisible(options["ratio"] * (dim if options["expand_input"] else out_dim), 8)
@@ -295,7 +297,7 @@ def _initialise(model: nn.Module) -> None:
             nn.init.zeros_(module.conv3_1x1.bn.weight)
 
 
-def _paper(block: int, halo: int, r_v: float, r_b: float, third: int, final_width: int = 0) -> dict:
+def _paper(block: int, halo: int, r_v: int | float, r_b: int | float, third: int, final_width: int = 0) -> dict:
     """A row of the paper's table 1."""
     return {
         "patterns": ("aaa", "aaa", "a" * third, "aaa"), "embed_dims": tuple(int(c * r_b) for c in (64, 128, 256, 512)),
@@ -332,7 +334,9 @@ _SIZES = {"halonet_h3": 320, "halonet_h4": 384, "halonet_h5": 448, "halonet_h6":
           "haloregnetz_b": 224}  # fmt: skip
 for _name, _variant in VARIANTS.items():
     _size = _SIZES.get(_name, 256)
-    _statistics = {"mean": IMAGENET_INCEPTION_MEAN, "std": IMAGENET_INCEPTION_STD} if "regnetz" in _name else {}
+    _statistics: dict[str, Any] = (
+        {"mean": IMAGENET_INCEPTION_MEAN, "std": IMAGENET_INCEPTION_STD} if "regnetz" in _name else {}
+    )
     register(
         _name,
         HaloNet,
