@@ -15,6 +15,7 @@ import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ from manyheads.parallel.context_parallel import METHODS, context_parallel
 from manyheads.parallel.wire import TIMEOUT, RankError, Wire, connect
 
 _TEST_SEQUENCES = 8
-_GRACE = 15.0  # seconds from a launcher's SIGTERM to the end, in which the process may say which rank died
+_GRACE = 3.0  # seconds that processes have to say that they are alive when a launcher ends them all
 
 
 @dataclass
@@ -291,20 +292,39 @@ def _told_by_name(world: int, timeout: int | float) -> Iterator[None]:
         return
     wire, _ = connect("train", None, timeout, lambda _: ({}, None))
     others = [rank for rank in range(wire.world) if rank != wire.rank]
-    with _patient():
+    with _told_of_the_end():
         try:
             yield
         except RankError:
             wire._post({"waiting": others})
             raise
+        except _Ended:
+            raise _dead(wire, others) or SystemExit(128 + signal.SIGTERM) from None
         except RuntimeError as problem:
             if not _of_the_network(problem):
                 wire._post({"error": f"{type(problem).__name__}: {problem}"})
                 raise
-            _blame(wire, others, problem)
+            late = "time" in str(problem).lower()
+            reason = f"did not answer within {wire.timeout:g} s" if late else "closed its connection"
+            wire._give_up(others, reason, patient=True)
         except BaseException as problem:
             wire._post({"error": f"{type(problem).__name__}: {problem}"})
             raise
+
+
+def _dead(wire: Wire, others: list[int]) -> RankError | None:
+    """Which ranks say nothing, of those that a launcher ends together."""
+    wire._post({"waiting": others})
+    time.sleep(_GRACE)
+    silent = [rank for rank in others if wire._note(rank) is None]
+    if not silent:
+        return None
+    names = " and ".join(wire._name(rank) for rank in silent)
+    return RankError(
+        f"train: {names} died (seen from {wire._name(wire.rank)}, which the launcher ended for it); start again with "
+        "the same output directory to go on from the last checkpoint",
+        silent,
+    )
 
 
 def _of_the_network(problem: RuntimeError) -> bool:
@@ -312,23 +332,20 @@ def _of_the_network(problem: RuntimeError) -> bool:
     return isinstance(problem, dist.DistError) or any(word in text for word in ("gloo", "nccl", "connection", "peer"))
 
 
-def _blame(wire: Wire, others: list[int], problem: RuntimeError) -> None:
-    late = "time" in str(problem).lower()
-    reason = f"did not answer within {wire.timeout:g} s" if late else "closed its connection"
-    wire._give_up(others, reason, patient=True)
+class _Ended(BaseException):
+    """The launcher wants this process to end."""
 
 
 @contextmanager
-def _patient() -> Iterator[None]:
-    """A launcher ends all processes at once when one dies: leave some seconds to say which, then end."""
+def _told_of_the_end() -> Iterator[None]:
+    """A launcher ends all processes when one died: let SIGTERM end the training by an exception, not the process."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def ended(*_: Any) -> None:
-        timer = threading.Timer(_GRACE, os._exit, (128 + signal.SIGTERM,))
-        timer.daemon = True
-        timer.start()
+        signal.signal(signal.SIGTERM, before)
+        raise _Ended
 
     before = signal.signal(signal.SIGTERM, ended)
     try:
