@@ -9,6 +9,7 @@ from manyheads.layers.lightning import TNLAttention
 from manyheads.layers.maxvit import MBConv, MultiAxisAttention, PartitionAttention
 from manyheads.layers.neighborhood import NeighborhoodAttention
 from manyheads.layers.shvit import SingleHeadAttention
+from manyheads.layers.spectral import SpectralGating
 from manyheads.layers.transnext import AggregatedAttention, CosineAttention
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "NeighborhoodAttention",
     "PartitionAttention",
     "SingleHeadAttention",
+    "SpectralGating",
     "TNLAttention",
     "WindowAttention",
 ]

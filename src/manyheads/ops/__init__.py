@@ -9,6 +9,7 @@ from manyheads.ops.lightning import lightning_attention, lightning_attention_ste
 from manyheads.ops.multi_axis import block_attention, grid_attention, relative_bias
 from manyheads.ops.neighborhood import neighborhood_attention, neighborhood_decode
 from manyheads.ops.neighborhood_plan import neighborhood_mask
+from manyheads.ops.spectral import resize_filter, spectral_gating
 from manyheads.ops.streaming import streaming_attention
 from manyheads.ops.window import window_attention, window_merge, window_partition
 
@@ -29,6 +30,8 @@ __all__ = [
     "neighborhood_decode",
     "neighborhood_mask",
     "relative_bias",
+    "resize_filter",
+    "spectral_gating",
     "streaming_attention",
     "window_attention",
     "window_merge",
