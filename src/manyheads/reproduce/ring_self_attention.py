@@ -33,10 +33,13 @@ def _gradients(model: nn.Module) -> dict[str, Tensor]:
 
 def smollm2_on_rank(tokens: int) -> dict[str, dict[str, float]] | None:
     """Rank 0: relative errors of loss and gradients of every layout against the model on this rank alone."""
+    from transformers.utils import logging
+
     from manyheads.data.language_models import load_language_model
     from manyheads.data.text import python_documentation
     from manyheads.parallel.context_parallel import context_parallel
 
+    logging.disable_progress_bar()  # four bars on one terminal
     model, tokenizer = load_language_model("smollm2")
     ids = torch.tensor([tokenizer(python_documentation()[: 8 * tokens])["input_ids"][:tokens]])
     want, loss = {}, 0.0
