@@ -209,6 +209,21 @@ def aggregated(length: int, device: str, dtype: torch.dtype) -> Round:
     return Round(tuple(normal(*shape) for shape in shapes), contestants)
 
 
+def spectral(length: int, device: str, dtype: torch.dtype) -> Round:
+    """SpectFormer's first stage: a filter over the whole map, where attention would compare all positions."""
+    from manyheads.ops.spectral import spectral_gating
+
+    side = round(length**0.5)
+    x = _normal(1, side, side, 64, device=device, dtype=dtype)
+    weight = _normal(side, side // 2 + 1, 64, 2, device=device, dtype=dtype)
+
+    def dense(x: Tensor, weight: Tensor) -> Tensor:
+        tokens = x.flatten(1, 2).unflatten(2, (2, 32)).transpose(1, 2)
+        return F.scaled_dot_product_attention(tokens, tokens, tokens)
+
+    return Round((x, weight), {OURS: spectral_gating, SDPA: dense})
+
+
 def channel(length: int, device: str, dtype: torch.dtype) -> Round:
     """DaViT's channel-group attention, 3 groups of 32 channels."""
     from manyheads.ops.channel import channel_attention
@@ -271,6 +286,7 @@ CASES = (
     Case("bi-level routing top-4 of 49", "blocksparse", bilevel_routing, lengths=(28 * 28, 56 * 56, 126 * 126)),
     Case("HiLo, alpha 0.9, window 2", "dense", hilo, lengths=(14 * 14, 28 * 28, 56 * 56)),
     Case("aggregated 3 x 3 and 7 x 7", "merge", aggregated, lengths=(14 * 14, 28 * 28, 56 * 56)),
+    Case("spectral filter", "dense", spectral, lengths=(14 * 14, 28 * 28, 56 * 56, 112 * 112)),
     Case("linear with decay", "linear", linear_decay),
     Case("linear with features", "linear", linear_feature_map),
     Case("channel groups", "linear", channel),

@@ -120,6 +120,7 @@ def contestants(shape: Shape) -> dict[str, tuple[str, Callable[..., Tensor]]]:
         "davit": _channel,
         "biformer": _bilevel_routing,
         "litv2": _hilo,
+        "spectformer": _spectral,
         "transnext": _aggregated,
         "duo_attention": _duo,
     }
@@ -212,6 +213,21 @@ def _aggregated(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
         return aggregated_attention(q, k, v, far_key, far_value, temperature=temperature).flatten(2, 3)
 
     return f"3 x 3 and {cells[0]} x {cells[1]} pooled", both
+
+
+def _spectral(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
+    from manyheads.ops.spectral import spectral_gating
+
+    rows, columns = shape.grid
+    filters = torch.randn(rows, columns // 2 + 1, shape.heads * shape.head_dim, 2)
+
+    def filtered(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # A filter has no queries and keys: it mixes one tensor, for which the values stand here.
+        x = v.transpose(1, 2).flatten(2).unflatten(1, (rows, columns))
+        out = spectral_gating(x, filters.to(x.device, x.dtype))
+        return out.flatten(1, 2).unflatten(2, v.shape[1::2]).transpose(1, 2)
+
+    return f"filter of {rows} x {columns}", filtered
 
 
 def _duo(shape: Shape) -> tuple[str, Callable[..., Tensor]]:

@@ -312,6 +312,13 @@ VISION_SYSTEMS = (
         patterns=SELF,
         rooms=("ops", "layers", "models"),
         why="First layers mix tokens with a learned filter in the Fourier domain, later ones with attention.",
+        state="works",
+        public=(
+            "manyheads.ops.spectral.spectral_gating",
+            "manyheads.layers.spectral.SpectralGating",
+            "manyheads.models.vision.spectformer.SpectFormer",
+            "manyheads.models.vision.spectformer_pyramid.SpectFormerPyramid",
+        ),
     ),
     System(
         slug="tap_adl",

@@ -7,7 +7,7 @@ import inspect
 from typing import Any
 
 from manyheads.cost.formulas import Cost, Shape, bilevel_routing, channel, dense, duo, lightning, neighborhood
-from manyheads.cost.vision import aggregated, hilo
+from manyheads.cost.vision import aggregated, hilo, spectral
 
 __all__ = ["FORMULAS", "Cost", "cost"]
 
@@ -19,6 +19,7 @@ FORMULAS = {
     "davit": channel,
     "biformer": bilevel_routing,
     "litv2": hilo,
+    "spectformer": spectral,
     "transnext": aggregated,
     "duo_attention": duo,
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import log2
+
 from manyheads.cost.formulas import Cost, Shape
 
 
@@ -36,6 +38,23 @@ def aggregated(shape: Shape, *, window: int = 3, pooled: int = 49) -> Cost:
         backward_flops=2.0 * operations,
         traffic_bytes=shape.operand_bytes
         + 2.0 * shape.batch * shape.kv_heads * pooled * shape.head_dim * shape.element_bytes,
+        state_bytes=None,
+        decode_flops=None,
+    )
+
+
+def spectral(shape: Shape) -> Cost:
+    """SpectFormer: two Fourier transforms of every channel and a product with the filter; the heads are channels."""
+    numbers = float(shape.rows * shape.head_dim)
+    return Cost(
+        settings=f"{shape.heads * shape.head_dim} channels",
+        formula="forward 5 N log2 N and 3 N a channel (two real transforms, half of the complex products); backward "
+        "twice that",
+        causal=False,
+        forward_flops=numbers * (5 * log2(max(shape.length, 2)) + 3),
+        backward_flops=2 * numbers * (5 * log2(max(shape.length, 2)) + 3),
+        # Input and output, and the complex half spectrum once written and once read.
+        traffic_bytes=numbers * (2 * shape.element_bytes + 2 * 4),
         state_bytes=None,
         decode_flops=None,
     )

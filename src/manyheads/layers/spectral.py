@@ -80,8 +80,8 @@ class FullAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch X Y dim"]) -> Float[Tensor, "batch X Y dim"]:
         projected = self.qkv(x) if self.fused else torch.cat([self.q(x), self.kv(x)], dim=-1)
-        slots = rearrange(projected, "b x y (three h d) -> three b h (x y) d", three=3, h=self.heads)
-        out = F.scaled_dot_product_attention(*slots.unbind(0))
+        query, key, value = rearrange(projected, "b x y (three h d) -> three b h (x y) d", three=3, h=self.heads)
+        out = F.scaled_dot_product_attention(query, key, value)
         return self.proj(rearrange(out, "b h (x y) d -> b x y (h d)", x=x.shape[1]))
 
 

@@ -96,6 +96,10 @@ _HOST_SIZES = {
         _HOST_CSWIN, lr=5e-6, linear_scaling=False, epochs=20, warmup_epochs=0, weight_decay=1e-8, drop_path=0.7
     ),
 }
+# arXiv 2304.06446: 320 epochs and 10 at the lowest rate; the hierarchical models without their token labels, which need
+# an annotator's label maps (``manyheads.objectives.token_label`` has the loss).
+_SPECTFORMER = Recipe(epochs=330, clip_grad=1.0, random_erasing=0.0, drop_path=0.0, crop_pct=0.9)
+_SPECTFORMER_PYRAMID = Recipe(epochs=310, drop_path=0.1, crop_pct=0.9)
 RECIPES = {
     **{f"{mixer}_{size}": recipe for mixer in ("agent", "inline") for size, recipe in _HOST_SIZES.items()},
     "agent_deit_tiny": dataclasses.replace(_HOST, drop_path=0.0),
@@ -124,6 +128,11 @@ RECIPES = {
     "transnext_base": dataclasses.replace(_TRANSNEXT, drop_path=0.6),
     "transnext_small_384": _TRANSNEXT_384,
     "transnext_base_384": dataclasses.replace(_TRANSNEXT_384, drop_path=0.8),
+    "spectformer_vanilla_s": dataclasses.replace(_SPECTFORMER, drop_path=0.15),
+    "spectformer_vanilla_b": dataclasses.replace(_SPECTFORMER, drop_path=0.25),
+    "spectformer_s": _SPECTFORMER_PYRAMID,
+    "spectformer_b": _SPECTFORMER_PYRAMID,
+    "spectformer_l": dataclasses.replace(_SPECTFORMER_PYRAMID, drop_path=0.3, clip_grad=1.0),
     "litv2_medium": dataclasses.replace(_LITV2, drop_path=0.3),
     "litv2_base": dataclasses.replace(_LITV2, drop_path=0.5),
     "litv2_base_384": dataclasses.replace(
@@ -148,6 +157,7 @@ def recipe_for(model: str, *, small_images: bool = False) -> Recipe:
         "davit": _DAVIT,
         "litv2": _LITV2,
         "transnext": _TRANSNEXT,
+        "spectformer": _SPECTFORMER,
         "maxvit": _MAXVIT,
         "agent": _HOST,
         "inline": _HOST,

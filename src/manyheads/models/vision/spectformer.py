@@ -13,6 +13,8 @@ Source: "SpectFormer: Frequency and Attention is what you need in a Vision Trans
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, trunc_normal_
@@ -64,7 +66,7 @@ class AttentionBlock(nn.Module):
 class Blocks(nn.Module):
     """All blocks: the one stage of a model of a single resolution."""
 
-    def __init__(self, blocks: list[nn.Module]) -> None:
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
         super().__init__()
         self.grad_checkpointing = False
         self.blocks = nn.ModuleList(blocks)
@@ -139,7 +141,8 @@ class SpectFormer(Backbone):
         if patch_size < 1 or img_size < patch_size or img_size % patch_size:
             raise ValueError(f"img_size={img_size} must be a multiple of patch_size={patch_size}")
         self.in_chans, self.num_classes, self.drop_rate = in_chans, num_classes, drop_rate
-        self.patch_size, self.resize, self.grid = patch_size, resize, (img_size // patch_size,) * 2
+        self.patch_size, self.resize = patch_size, resize
+        self.grid = (img_size // patch_size, img_size // patch_size)
         self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1], embed_dim))
         trunc_normal_(self.pos_embed, std=0.02)

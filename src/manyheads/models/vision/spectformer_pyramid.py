@@ -69,13 +69,10 @@ class Embed(nn.Module):
     def __init__(self, in_chans: int, dim: int, stem: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for index in range(3 if stem else 0):
-            size = {"kernel_size": 3, "padding": 1} if index else {"kernel_size": 7, "padding": 3, "stride": 2}
-            layers += [
-                nn.Conv2d(stem if index else in_chans, stem, bias=False, **size),
-                nn.BatchNorm2d(stem),
-                nn.ReLU(),
-            ]
+        if stem:
+            layers = [nn.Conv2d(in_chans, stem, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(stem), nn.ReLU()]
+            for _ in range(2):
+                layers += [nn.Conv2d(stem, stem, 3, padding=1, bias=False), nn.BatchNorm2d(stem), nn.ReLU()]
         self.conv = nn.Sequential(*layers)
         self.proj = nn.Conv2d(stem or in_chans, dim, 3, stride=2, padding=1)
         self.norm = nn.LayerNorm(dim)
@@ -233,6 +230,8 @@ class SpectFormerPyramid(Backbone):
 
     def forward_dense(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits (batch, classes) and dense logits (batch, tokens, classes), for training with token labels.
+
+        ``manyheads.objectives.token_label`` has the loss, and the mixing of the map behind ``stages[0].patch_embed``.
 
         Raises:
             ValueError: the model has no head for tokens.
