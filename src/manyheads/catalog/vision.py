@@ -165,6 +165,12 @@ VISION_SYSTEMS = (
         patterns=SELF,
         rooms=("ops", "layers", "models"),
         why="Convolution-like locality with content-dependent weights, at the cost of blocks with a halo.",
+        state="works",
+        public=(
+            "manyheads.ops.halo.halo_attention",
+            "manyheads.layers.halo.HaloAttention",
+            "manyheads.models.vision.halonet.HaloNet",
+        ),
     ),
     System(
         slug="inline_attention",

@@ -100,7 +100,13 @@ _HOST_SIZES = {
 # an annotator's label maps (``manyheads.objectives.token_label`` has the loss).
 _SPECTFORMER = Recipe(epochs=330, clip_grad=1.0, random_erasing=0.0, drop_path=0.0, crop_pct=0.9)
 _SPECTFORMER_PYRAMID = Recipe(epochs=310, drop_path=0.1, crop_pct=0.9)
+# arXiv 2103.12731 trained for 350 epochs by SGD, of which AdamW stands in here; its averaged weights are left out.
+_HALONET = Recipe(epochs=350, cutmix=0.0, mixup=0.0, random_erasing=0.0, crop_pct=0.95)
 RECIPES = {
+    **dict.fromkeys(
+        ("halonet26t", "halonet50ts", "sehalonet33ts", "eca_halonext26ts", "haloregnetz_b"),
+        dataclasses.replace(_HALONET, crop_pct=0.94),
+    ),
     **{f"{mixer}_{size}": recipe for mixer in ("agent", "inline") for size, recipe in _HOST_SIZES.items()},
     "agent_deit_tiny": dataclasses.replace(_HOST, drop_path=0.0),
     "agent_deit_base": dataclasses.replace(_HOST, drop_path=0.3),
@@ -162,6 +168,7 @@ def recipe_for(model: str, *, small_images: bool = False) -> Recipe:
         "agent": _HOST,
         "inline": _HOST,
         "shvit": _SHVIT,
+        "halonet": _HALONET,
     }
     recipe = RECIPES.get(name, families.get(name.split("_")[0], Recipe()))
     if not small_images:
