@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from manyheads.engines.common import accumulation_dtype, check_choice, check_qkv, repeat_heads, resolve_scale
@@ -25,11 +25,11 @@ def agent_attention(
     query: Float[Tensor, "batch heads queries head_dim"],
     key: Float[Tensor, "batch kv_heads keys head_dim"],
     value: Float[Tensor, "batch kv_heads keys value_dim"],
-    agents: Float[Tensor, "batch heads agents head_dim"],
+    agents: Float[Tensor, "batch agent_heads agents head_dim"],
     *,
     agent_bias: Tensor | None = None,
     query_bias: Tensor | None = None,
-    key_mask: Bool[Tensor, "batch keys"] | None = None,
+    key_mask: Tensor | None = None,
     scale: float | None = None,
     query_scale: float | None = None,
     shortcut: int | float = 0.0,

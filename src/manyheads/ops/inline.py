@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from manyheads.engines.common import accumulation_dtype, check_choice, check_qkv, repeat_heads, resolve_scale
@@ -52,7 +52,7 @@ def inline_attention(
     kernel: str = "identity",
     scale: float | None = None,
     causal: bool = False,
-    key_mask: Bool[Tensor, "batch keys"] | None = None,
+    key_mask: Tensor | None = None,
     backend: str = "auto",
 ) -> Float[Tensor, "batch heads queries value_dim"]:
     """Injective linear attention; time and memory linear in the tokens.
@@ -102,7 +102,7 @@ def inline_attention_step(
     *,
     kernel: str = "identity",
     scale: float | None = None,
-    key_mask: Bool[Tensor, "batch tokens"] | None = None,
+    key_mask: Tensor | None = None,
 ) -> tuple[Float[Tensor, "batch heads tokens value_dim"], InLineState]:
     """Causal InLine attention of new tokens after a state; the cost does not depend on how much came before.
 
