@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.vision import BUILDERS
+
 OURS, SDPA = "manyheads", "dense SDPA"
 
 
@@ -279,6 +281,12 @@ def sharded(length: int, device: str, dtype: torch.dtype) -> Round:
     return Round(_qkv(length, "cpu", dtype, heads=4), found)
 
 
+def vision(build: Callable, length: int, device: str, dtype: torch.dtype) -> Round:
+    """A whole model against timm's on ``length`` images."""
+    images, contestants = build(length, device, dtype)
+    return Round((images,), contestants)
+
+
 CASES = (
     Case("learnable bias", "dense", learnable_bias, lengths=(256, 1024, 2048)),
     Case("sliding window 129", "blocksparse", sliding_window),
@@ -293,4 +301,8 @@ CASES = (
     Case("decode 512 selected tokens", "select", decode_selected, backward=False),
     Case("merge of four", "merge", merging),
     Case("causal, sharded over two ranks", "parallel", sharded, backward=False),
+    *(
+        Case(f"{name} (images)", "models", partial(vision, build), lengths=(1, 8), backward=False)
+        for name, build in BUILDERS.items()
+    ),
 )
