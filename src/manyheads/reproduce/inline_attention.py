@@ -1,0 +1,174 @@
+"""InLine attention's claims: distinct queries stay distinct, locality closes the gap to softmax, time is linear."""
+
+from __future__ import annotations
+
+import time
+from statistics import mean, median
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from manyheads.layers.inline import kernel_maker, local_residual
+from manyheads.models.registry import create_model
+from manyheads.ops.inline import inline_attention, inline_weights
+from manyheads.reproduce.claims import Claim, Finding, Verdict
+from manyheads.reproduce.digits import accuracy_on_digits
+
+EPOCHS = 4
+LENGTHS = (1024, 2048, 4096, 8192, 16384)
+KINDS = ("softmax", "linear", "inline")
+
+
+def distinct_queries_stay_distinct(seed: int) -> Finding:
+    """Weights of a query and of its multiples by 2, 4 and 8, in three kinds of attention."""
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.rand(1, 1, 32, 16, generator=generator, dtype=torch.float64)
+    key = torch.rand(1, 1, 64, 16, generator=generator, dtype=torch.float64)
+    rows = {
+        "linear": lambda q: F.normalize((q.relu() @ key.relu().mT), p=1, dim=-1) * key.shape[2],
+        "inline": lambda q: inline_weights(q, key) * key.shape[2],
+        "softmax": lambda q: (q @ key.mT * 0.25).softmax(-1) * key.shape[2],
+    }
+    apart = {
+        name: min((weights(query) - weights(factor * query)).abs().amax(-1).min().item() for factor in (2, 4, 8))
+        for name, weights in rows.items()
+    }
+    distinct = apart["inline"] > 1e-2 and apart["softmax"] > 1e-2
+    verdict = Verdict.CONFIRMED if distinct and apart["linear"] < 1e-6 else Verdict.REFUTED
+    baseline = {name: apart[name] for name in ("linear", "softmax")}
+    return Finding(apart["inline"], baseline, verdict)
+
+
+class TinyViT(nn.Module):
+    """Three blocks of width 48 on patches of 4 pixels, mean pooled, with one kind of attention, local term or not."""
+
+    class Block(nn.Module):
+        """Attention and MLP."""
+
+        def __init__(self, kind: str, local: bool, dim: int = 48, heads: int = 4) -> None:
+            super().__init__()
+            self.kind, self.heads = kind, heads
+            self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+            self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+            self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+            self.residual = kernel_maker(dim, heads) if local else None
+
+        def forward(self, x: Tensor) -> Tensor:
+            normed = self.norm1(x)
+            parts = self.qkv(normed)
+            q, k, v = rearrange(parts, "b n (slot h d) -> slot b h n d", slot=3, h=self.heads)
+            if self.kind == "softmax":
+                out = F.scaled_dot_product_attention(q, k, v)
+            elif self.kind == "inline":
+                out = inline_attention(q, k, v)
+            else:
+                q, k = q.relu(), k.relu()
+                out = q @ (k.mT @ v) / (q @ k.sum(2)[..., None] + 1e-6)
+            out = rearrange(out, "b h n d -> b n (h d)")
+            if self.residual is not None:
+                out = out + local_residual(parts.chunk(3, -1)[2], (8, 8), normed.mean(1), self.residual)
+            x = x + self.proj(out)
+            return x + self.mlp(self.norm2(x))
+
+    def __init__(self, kind: str, local: bool) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 48, 4, stride=4)
+        self.positions = nn.Parameter(0.02 * torch.randn(1, 64, 48))
+        self.blocks = nn.Sequential(*(self.Block(kind, local) for _ in range(3)))
+        self.norm, self.head = nn.LayerNorm(48), nn.Linear(48, 10)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.patches(image).flatten(2).mT + self.positions
+        return self.head(self.norm(self.blocks(x)).mean(1))
+
+
+def locality_helps(seed: int) -> Finding:
+    """Train softmax, linear and InLine attention on digits for a few epochs, each with the local term and without."""
+    scores = {
+        f"{kind}{' + local' * local}": accuracy_on_digits(
+            lambda kind=kind, local=local: TinyViT(kind, local), seed, epochs=EPOCHS, learning_rate=3e-3
+        )
+        for kind in KINDS
+        for local in (False, True)
+    }
+    gains = [scores[f"{kind} + local"] - scores[kind] for kind in KINDS]
+    verdict = Verdict.INCONCLUSIVE
+    if min(gains) > 0.3:
+        verdict = Verdict.CONFIRMED
+    elif min(gains) <= 0:
+        verdict = Verdict.REFUTED
+    return Finding(mean(gains), 0.3, verdict, {"accuracy": scores, "gains": dict(zip(KINDS, gains))})
+
+
+def linear_cost(seed: int) -> Finding:
+    """Time the operator against SDPA for 1k to 16k tokens and fit the growth in a log-log plot."""
+    generator = torch.Generator().manual_seed(seed)
+    seconds: dict[str, list[float]] = {"inline": [], "softmax": []}
+    with torch.inference_mode():
+        for length in LENGTHS:
+            inputs = [torch.randn(1, 1, length, 32, generator=generator) for _ in range(3)]
+            for name, function in (("inline", inline_attention), ("softmax", F.scaled_dot_product_attention)):
+                function(*inputs)
+                times = []
+                for _ in range(5):
+                    start = time.perf_counter()
+                    function(*inputs)
+                    times.append(time.perf_counter() - start)
+                seconds[name].append(median(times))
+    slopes = {name: float(np.polyfit(np.log(LENGTHS), np.log(times), 1)[0]) for name, times in seconds.items()}
+    if slopes["inline"] < 1.3 and slopes["inline"] < slopes["softmax"] - 0.3:
+        verdict = Verdict.CONFIRMED
+    else:
+        verdict = Verdict.REFUTED if slopes["inline"] > 1.6 else Verdict.INCONCLUSIVE
+    return Finding(slopes["inline"], slopes["softmax"], verdict, {"seconds": seconds, "lengths": list(LENGTHS)})
+
+
+def published_sizes(seed: int) -> Finding:
+    """Count the parameters of released variants; their accuracies need ImageNet."""
+    paper = {"inline_deit_tiny": 6.5, "inline_pvt_tiny": 12.0, "inline_swin_tiny": 30.0, "inline_cswin_tiny": 21.0}
+    with torch.device("meta"):
+        counts = {name: sum(p.numel() for p in create_model(name).parameters()) / 1e6 for name in paper}
+    fits = all(abs(counts[name] - size) <= 1.0 for name, size in paper.items())
+    reason = "the sizes agree; the accuracies need ImageNet" if fits else "the sizes differ"
+    return Finding(counts, paper, Verdict.INCONCLUSIVE if fits else Verdict.REFUTED, {"reason": reason})
+
+
+CLAIMS = (
+    Claim(
+        system="inline_attention",
+        name="distinct_queries_stay_distinct",
+        statement="Linear attention gives a query and its multiples the same weights; InLine attention does not.",
+        rule="Random positive queries and keys, factors 2, 4 and 8, the largest difference between two rows of weights, "
+        "in units of the mean weight. Confirmed when for every query it is below 1e-6 with linear attention and above "
+        "1e-2 with InLine and softmax attention; else refuted.",
+        run=distinct_queries_stay_distinct,
+    ),
+    Claim(
+        system="inline_attention",
+        name="locality_helps",
+        statement="The local residual lifts softmax, linear and InLine attention alike.",
+        rule="Digits of 32 x 32 pixels, patches of 4, width 48, 3 blocks, 4 epochs. Confirmed when each of the three "
+        "gains more than 30 points of accuracy by the local term, refuted when one of them gains nothing, else inconclusive.",
+        run=locality_helps,
+        full_scale="manyheads train inline_deit_tiny --data imagenet --dtype bfloat16",
+    ),
+    Claim(
+        system="inline_attention",
+        name="linear_cost",
+        statement="Its time grows linearly with the number of tokens, softmax attention's quadratically.",
+        rule="Log-log slope of the median time for 1,024 to 16,384 tokens of 32 channels. Confirmed when below 1.3 and "
+        "at least 0.3 below softmax attention's, refuted when above 1.6, else inconclusive.",
+        run=linear_cost,
+    ),
+    Claim(
+        system="inline_attention",
+        name="published_accuracy",
+        statement="74.5, 78.2, 82.4 and 83.2% top-1 on ImageNet with 6.5, 12, 30 and 21 million parameters.",
+        rule="Here only the sizes can be counted: refuted when one is more than a million off, else inconclusive.",
+        run=published_sizes,
+        full_scale="manyheads evaluate inline_deit_tiny --data imagenet --checkpoint inline_deit_t.pth",
+    ),
+)
