@@ -13,7 +13,7 @@ from manyheads.parallel import LocalRanks
 
 ROOT = str(Path(__file__).parents[2])
 MODULES = (
-    "manyheads.data.language_models",
+    "manyheads.parallel.training",
     "manyheads.reproduce.byte_lm",
     "torch.distributed.fsdp",
     "transformers.models.gpt2.modeling_gpt2",

@@ -150,7 +150,9 @@ def test_attaching_to_nothing(one_rank):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("world", "method"), [(2, "ring"), (4, "ring"), (4, "token_ring"), (4, "lasp2h")])
-def test_smollm2_is_smollm2(four_ranks, world, method):
+def test_smollm2_is_smollm2(four_ranks, monkeypatch, world, method):
+    # Four models of 135M parameters on a machine that may have two cores.
+    monkeypatch.setattr(four_ranks, "timeout", 900.0)
     for result in four_ranks.run(cases.smollm2_case, world, 512, method):
         if result is not None:
             assert max(result.values()) < 1e-4, result

@@ -107,11 +107,11 @@ class TNLAttention(nn.Module):
         )
         if mask is not None:
             value = value.masked_fill(~mask[:, None, :, None], 0)
-        options = {"slopes": self.slopes.to(torch.float32), "initial_state": state, "backend": self.backend}
+        options: dict[str, Any] = {"slopes": self.slopes.to(torch.float32), "initial_state": state}
         if return_state:
-            out, state = self.operator(query, key, value, return_state=True, **options)
-        else:
-            out = self.operator(query, key, value, **options)
+            options["return_state"] = True
+        found: Any = self.operator(query, key, value, backend=self.backend, **options)
+        out = found[0] if return_state else found
         out = self.norm(rearrange(out, "b h n d -> b n (h d)")) * torch.sigmoid(self.output_gate(x))
         out = self.o_proj(out)
-        return (out, state) if return_state else out
+        return (out, found[1]) if return_state else out

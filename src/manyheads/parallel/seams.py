@@ -42,8 +42,8 @@ def linear_layers(model: nn.Module) -> list[TNLAttention]:
     module: Any = sys.modules.get("manyheads.layers.lightning")
     if module is None:
         return []
-    kind: Any = module.TNLAttention
-    return [part for part in model.modules() if isinstance(part, kind)]
+    parts: Any = model.modules()
+    return [part for part in parts if isinstance(part, module.TNLAttention)]
 
 
 @contextmanager

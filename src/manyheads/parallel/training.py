@@ -304,9 +304,8 @@ def _told_by_name(world: int, timeout: int | float) -> Iterator[None]:
             if not _of_the_network(problem):
                 wire._post({"error": f"{type(problem).__name__}: {problem}"})
                 raise
-            late = "time" in str(problem).lower()
-            reason = f"did not answer within {wire.timeout:g} s" if late else "closed its connection"
-            wire._give_up(others, reason, patient=True)
+            with wire._watching(None):
+                raise
         except BaseException as problem:
             wire._post({"error": f"{type(problem).__name__}: {problem}"})
             raise
