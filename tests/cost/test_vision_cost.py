@@ -28,6 +28,12 @@ def test_hilo_counts_what_torch_counts(window: int, alpha: float) -> None:
     assert found.backward_flops == 2.5 * found.forward_flops
 
 
+def test_a_spectral_filter_costs_n_log_n() -> None:
+    short, long = cost("spectformer", 1024, **SIZES), cost("spectformer", 4096, **SIZES)
+    assert long.forward_flops / short.forward_flops == pytest.approx(4 * 63 / 53)
+    assert short.forward_flops == 2 * 4 * 16 * 1024 * 53
+
+
 @pytest.mark.parametrize("window", [3, 5])
 def test_aggregated_counts_what_torch_counts(window: int) -> None:
     x, far = torch.randn(2, 4, 8, 12, 16, device="meta"), torch.randn(2, 4, 6, 16, device="meta")

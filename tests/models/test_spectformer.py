@@ -116,6 +116,17 @@ def test_a_file_of_another_image_size_is_resized_as_a_call_would(name: str) -> N
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_model_can_be_set_to_another_image_size(name: str) -> None:
+    flexible, fixed = _small(name, resize=True), _small(name)
+    fixed.load_state_dict(flexible.state_dict())
+    fixed.set_input_size((48, 40))
+    x = torch.randn(1, 3, 48, 40)
+    torch.testing.assert_close(fixed(x), flexible(x), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="allow resize"):
+        fixed(torch.randn(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_backbone_leaves_the_classifiers_of_a_file_aside(name: str) -> None:
     source, backbone = _small(name), _small(name, num_classes=0)
     load_checkpoint(backbone, source.state_dict(), CONVERT[name])

@@ -43,6 +43,12 @@ class SpectralGating(nn.Module):
         self.grid, self.resize = tuple(grid), resize
         self.complex_weight = nn.Parameter(0.02 * torch.randn(grid[0], grid[1] // 2 + 1, dim, 2))
 
+    def set_grid(self, grid: tuple[int, int]) -> None:
+        """Resize the filter for good, for maps of ``grid``."""
+        with torch.no_grad():
+            self.complex_weight = nn.Parameter(resize_filter(self.complex_weight, grid).clone())
+        self.grid = grid
+
     def forward(self, x: Float[Tensor, "batch X Y dim"]) -> Float[Tensor, "batch X Y dim"]:
         weight = self.complex_weight
         if tuple(x.shape[1:3]) != self.grid:

@@ -168,6 +168,22 @@ class SpectFormer(Backbone):
         """The position embedding."""
         return {"pos_embed"}
 
+    def set_input_size(self, img_size: tuple[int, int]) -> None:
+        """Resize filters and position embedding for good, for images of ``img_size`` pixels.
+
+        Raises:
+            ValueError: sides that patches do not divide.
+        """
+        if min(img_size) < self.patch_size or img_size[0] % self.patch_size or img_size[1] % self.patch_size:
+            raise ValueError(f"img_size={tuple(img_size)} must be multiples of patch_size={self.patch_size}")
+        grid = (img_size[0] // self.patch_size, img_size[1] // self.patch_size)
+        with torch.no_grad():
+            self.pos_embed = nn.Parameter(resize_positions(self.pos_embed, self.grid, grid).clone())
+        self.grid = grid
+        for module in self.modules():
+            if isinstance(module, SpectralGating):
+                module.set_grid(grid)
+
     def group_matcher(self, coarse: bool = False) -> dict:
         """Parameter groups from stem to head, for timm's layer-wise learning rate decay."""
         return {"stem": r"^pos_embed|patch_embed", "blocks": [(r"^stages\.0\.blocks\.(\d+)", None), (r"^norm", (999,))]}
@@ -254,10 +270,11 @@ for _name, _variant in VARIANTS.items():
     register(
         _name,
         SpectFormer,
-        _variant,
+        {"img_size": 224, **_variant},
         convert=checkpoint_filter_fn,
         stages=1,
         feature_cls="getter",
         first_conv="patch_embed",
+        fixed_input_size=True,
         classifier="head",
     )

@@ -195,6 +195,15 @@ class SpectFormerPyramid(Backbone):
             head = nn.Linear(self.num_features, num_classes, device=device) if wanted else nn.Identity()
             self.add_module(name, head)
 
+    def set_input_size(self, img_size: tuple[int, int]) -> None:
+        """Resize all filters for good, for images of ``img_size`` pixels."""
+        height, width = (-(-side // 2) for side in img_size)
+        for stage in self.stages:
+            height, width = -(-height // 2), -(-width // 2)
+            for module in stage.modules():
+                if isinstance(module, SpectralGating):
+                    module.set_grid((height, width))
+
     def group_matcher(self, coarse: bool = False) -> dict:
         """Parameter groups from stem to head, for timm's layer-wise learning rate decay."""
         blocks = (
@@ -294,9 +303,10 @@ for _name, _variant in VARIANTS.items():
     register(
         _name,
         SpectFormerPyramid,
-        _variant,
+        {"img_size": 224, **_variant},
         convert=checkpoint_filter_fn,
         feature_cls="getter",
         first_conv="stages.0.patch_embed.conv.0",
+        fixed_input_size=True,
         classifier=("head", "aux_head"),
     )
