@@ -1,7 +1,14 @@
 """Changes to pretrained Hugging Face models: a method attaches in a `with` block and leaves no trace."""
 
+from manyheads.adapt.agent_diffusion import AgentDiffusion
 from manyheads.adapt.duo_attention import DuoAttention
 from manyheads.adapt.duo_cache import DuoCache, live_bytes
 from manyheads.adapt.duo_gates import optimise_gates
 
-__all__ = ["DuoAttention", "DuoCache", "live_bytes", "optimise_gates"]
+__all__ = [
+    "AgentDiffusion",
+    "DuoAttention",
+    "DuoCache",
+    "live_bytes",
+    "optimise_gates",
+]

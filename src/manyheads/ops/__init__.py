@@ -1,19 +1,25 @@
 """Attention operators: pure functions on tensors, one file per operator."""
 
+from manyheads.ops.agent import agent_attention, agent_weights
 from manyheads.ops.aggregated import aggregated_attention, length_scaled_query
 from manyheads.ops.bilevel_routing import bilevel_routing_attention
 from manyheads.ops.channel import channel_attention
 from manyheads.ops.halo import halo_attention
 from manyheads.ops.hilo import hilo_attention, low_head_count
+from manyheads.ops.inline import inline_attention, inline_attention_step, inline_weights
 from manyheads.ops.lightning import lightning_attention, lightning_attention_step, lightning_slopes
 from manyheads.ops.multi_axis import block_attention, grid_attention, relative_bias
 from manyheads.ops.neighborhood import neighborhood_attention, neighborhood_decode
 from manyheads.ops.neighborhood_plan import neighborhood_mask
 from manyheads.ops.spectral import resize_filter, spectral_gating
 from manyheads.ops.streaming import streaming_attention
+from manyheads.ops.token_merge import TokenMatching, match_tokens
 from manyheads.ops.window import window_attention, window_merge, window_partition
 
 __all__ = [
+    "TokenMatching",
+    "agent_attention",
+    "agent_weights",
     "aggregated_attention",
     "bilevel_routing_attention",
     "block_attention",
@@ -21,11 +27,15 @@ __all__ = [
     "grid_attention",
     "halo_attention",
     "hilo_attention",
+    "inline_attention",
+    "inline_attention_step",
+    "inline_weights",
     "length_scaled_query",
     "lightning_attention",
     "lightning_attention_step",
     "lightning_slopes",
     "low_head_count",
+    "match_tokens",
     "neighborhood_attention",
     "neighborhood_decode",
     "neighborhood_mask",

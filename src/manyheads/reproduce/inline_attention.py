@@ -141,9 +141,9 @@ CLAIMS = (
         system="inline_attention",
         name="distinct_queries_stay_distinct",
         statement="Linear attention gives a query and its multiples the same weights; InLine attention does not.",
-        rule="Random positive queries and keys, factors 2, 4 and 8, the largest difference between two rows of weights, "
-        "in units of the mean weight. Confirmed when for every query it is below 1e-6 with linear attention and above "
-        "1e-2 with InLine and softmax attention; else refuted.",
+        rule="Random positive queries and keys, factors 2, 4 and 8, the largest difference between two rows of "
+        "weights, in units of the mean weight. Confirmed when for every query it is below 1e-6 with linear attention and "
+        "above 1e-2 with InLine and softmax attention; else refuted.",
         run=distinct_queries_stay_distinct,
     ),
     Claim(
@@ -151,7 +151,8 @@ CLAIMS = (
         name="locality_helps",
         statement="The local residual lifts softmax, linear and InLine attention alike.",
         rule="Digits of 32 x 32 pixels, patches of 4, width 48, 3 blocks, 4 epochs. Confirmed when each of the three "
-        "gains more than 30 points of accuracy by the local term, refuted when one of them gains nothing, else inconclusive.",
+        "gains more than 30 points of accuracy by the local term, refuted when one of them gains nothing, else "
+        "inconclusive.",
         run=locality_helps,
         full_scale="manyheads train inline_deit_tiny --data imagenet --dtype bfloat16",
     ),
