@@ -142,8 +142,8 @@ CLAIMS = (
         name="distinct_queries_stay_distinct",
         statement="Linear attention gives a query and its multiples the same weights; InLine attention does not.",
         rule="Random positive queries and keys, factors 2, 4 and 8, the largest difference between two rows of "
-        "weights, in units of the mean weight. Confirmed when for every query it is below 1e-6 with linear attention and "
-        "above 1e-2 with InLine and softmax attention; else refuted.",
+        "weights, in units of the mean weight. Confirmed when for every query it is below 1e-6 with linear attention "
+        "and above 1e-2 with InLine and softmax attention; else refuted.",
         run=distinct_queries_stay_distinct,
     ),
     Claim(
