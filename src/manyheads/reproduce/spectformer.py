@@ -95,7 +95,7 @@ def _accuracy(alpha: int, seed: int, order: str = "spectral_first") -> float:
         }
         return SpectFormer(num_classes=10, alpha=alpha, order=order, **shape)
 
-    return accuracy_on_digits(build, seed, epochs=5)
+    return accuracy_on_digits(build, seed, epochs=4)
 
 
 def _times(layers: dict[str, torch.nn.Module], x: Tensor) -> dict[str, float]:
