@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from statistics import mean, median
+from typing import Any
 
 import numpy as np
 import torch
@@ -109,7 +110,7 @@ def linear_cost(seed: int) -> Finding:
     seconds: dict[str, list[float]] = {"inline": [], "softmax": []}
     with torch.inference_mode():
         for length in LENGTHS:
-            inputs = [torch.randn(1, 1, length, 32, generator=generator) for _ in range(3)]
+            inputs: Any = [torch.randn(1, 1, length, 32, generator=generator) for _ in range(3)]
             for name, function in (("inline", inline_attention), ("softmax", F.scaled_dot_product_attention)):
                 function(*inputs)
                 times = []
