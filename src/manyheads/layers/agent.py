@@ -65,8 +65,10 @@ class AgentBias(nn.Module):
             raise ValueError(f"agents={agents} must be a perfect square, because agents lie on a square grid")
         if agent_grid is not None and not any_size:
             raise ValueError(f"agent_grid={agent_grid} resizes the biases, which needs any_size")
-        self.side, self.grid, self.key_grid = side, tuple(grid), tuple(key_grid or grid)
-        self.any_size, self.agent_grid = any_size, tuple(agent_grid or (side, side))
+        self.side, self.any_size = side, any_size
+        self.grid: tuple[int, int] = grid
+        self.key_grid: tuple[int, int] = key_grid or grid
+        self.agent_grid: tuple[int, int] = agent_grid or (side, side)
         (rows, columns), (key_rows, key_columns) = self.grid, self.key_grid
 
         def table(*shape: int) -> nn.Parameter:
@@ -181,7 +183,7 @@ class AgentAttention(AgentBias):
     def forward(
         self, x: Float[Tensor, "batch tokens dim"], grid: tuple[int, int] | None = None
     ) -> Float[Tensor, "batch tokens dim"]:
-        grid = self.grid if grid is None else tuple(grid)
+        grid = self.grid if grid is None else grid
         first = int(self.class_token)
         if x.ndim != 3 or x.shape[-1] != self.dim or x.shape[1] != grid[0] * grid[1] + first:
             extra = " and a class token" if first else ""

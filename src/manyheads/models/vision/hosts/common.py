@@ -62,6 +62,7 @@ class Host(nn.Module):
     stem_pattern, block_pattern = "", ""
     norm: nn.Module
     head: nn.Module
+    feature_info: list[dict[str, Any]]
 
     def finish(self, in_chans: int, num_classes: int, dims: Sequence[int], options: dict[str, Any]) -> None:
         """The attributes and the initial values that all hosts have; the last call of a constructor."""

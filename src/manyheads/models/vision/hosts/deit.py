@@ -9,6 +9,7 @@ Source: "Training data-efficient image transformers & distillation through atten
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from timm.layers import Attention, trunc_normal_
@@ -41,7 +42,7 @@ class SoftmaxAttention(nn.Module):
         self.__dict__["inner"] = inner  # not a child, or its parameters would have two names
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        return self.inner(x)
+        return cast(nn.Module, self.inner)(x)
 
 
 class HostDeiT(Host):
@@ -103,7 +104,8 @@ class HostDeiT(Host):
     ) -> None:
         options = keep_options(locals())
         super().__init__()
-        self.image, self.patch_grid = pair(img_size), tuple(side // patch_size for side in pair(img_size))
+        self.image = pair(img_size)
+        self.patch_grid: Grid = (self.image[0] // patch_size, self.image[1] // patch_size)
         if any(side % patch_size for side in self.image) or min(self.image) < 1:
             raise ValueError(f"img_size={img_size} must consist of whole patches of {patch_size} pixels")
         numbers = (agent_num,) * 4 if isinstance(agent_num, int) else tuple(agent_num)
