@@ -8,7 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from manyheads.cost import cost
 from manyheads.ops.aggregated import aggregated_attention
+from manyheads.ops.halo import halo_attention
 from manyheads.ops.hilo import hilo_attention, low_head_count
+from manyheads.ops.multi_axis import block_attention, grid_attention
 
 SIZES = dict(batch=2, heads=4, head_dim=16, element_bytes=4)
 
@@ -42,3 +44,17 @@ def test_aggregated_counts_what_torch_counts(window: int) -> None:
     found = cost("transnext", 96, window=window, pooled=6, **SIZES)
     counted = _counted(lambda: aggregated_attention(x, x, x, far, far, window=window, backend="reference", **learnt))
     assert counted == found.forward_flops
+
+
+def test_block_and_grid_count_what_torch_counts() -> None:
+    x = torch.randn(2, 4, 8, 12, 16, device="meta")
+    found = cost("maxvit", 96, partition=4, **SIZES)
+    both = [_counted(lambda f=f: f(x, x, x, partition=4)) for f in (block_attention, grid_attention)]
+    assert sum(both) == found.forward_flops
+
+
+def test_a_halo_counts_what_torch_counts() -> None:
+    x = torch.randn(2, 4, 8, 12, 16, device="meta")
+    found = cost("halonet", 96, block=4, halo=1, **SIZES)
+    assert _counted(lambda: halo_attention(x, x, x, block=4, halo=1)) == found.forward_flops
+    assert found.traffic_bytes > cost("maxvit", 96, **SIZES).traffic_bytes / 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -119,7 +120,9 @@ def contestants(shape: Shape) -> dict[str, tuple[str, Callable[..., Tensor]]]:
         "lightning_attention": _lightning,
         "davit": _channel,
         "biformer": _bilevel_routing,
+        "halonet": _halo,
         "litv2": _hilo,
+        "maxvit": _multi_axis,
         "spectformer": _spectral,
         "transnext": _aggregated,
         "duo_attention": _duo,
@@ -195,6 +198,38 @@ def _hilo(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
         return hilo_attention(q, k, v, window=window, low_heads=low).flatten(2, 3)
 
     return f"{shape.heads - low} heads in windows, {low} on a map pooled {window} x {window}", split
+
+
+def _multi_axis(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
+    from manyheads.ops.multi_axis import block_attention, grid_attention
+
+    rows, columns = shape.grid
+    partition = (_side(rows), _side(columns))
+
+    def in_turn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.unflatten(2, (rows, columns)) for x in (q, k, v))
+        near = block_attention(q, k, v, partition=partition)
+        return grid_attention(q, k, near, partition=partition).flatten(2, 3)
+
+    return f"blocks, then a grid, of {partition[0]} x {partition[1]}", in_turn
+
+
+def _halo(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
+    from manyheads.ops.halo import halo_attention
+
+    rows, columns = shape.grid
+    block, halo = _side(math.gcd(rows, columns)), 3
+
+    def blocked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.unflatten(2, (rows, columns)) for x in (q, k, v))
+        return halo_attention(q, k, v, block=block, halo=halo).flatten(2, 3)
+
+    return f"blocks of {block} x {block} with a halo of {halo}", blocked
+
+
+def _side(length: int, most: int = 8) -> int:
+    """The largest divisor of ``length`` up to ``most``."""
+    return next(side for side in range(most, 0, -1) if length % side == 0)
 
 
 def _aggregated(shape: Shape) -> tuple[str, Callable[..., Tensor]]:

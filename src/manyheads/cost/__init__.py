@@ -7,7 +7,7 @@ import inspect
 from typing import Any
 
 from manyheads.cost.formulas import Cost, Shape, bilevel_routing, channel, dense, duo, lightning, neighborhood
-from manyheads.cost.vision import aggregated, hilo, spectral
+from manyheads.cost.vision import aggregated, halo, hilo, multi_axis, spectral
 
 __all__ = ["FORMULAS", "Cost", "cost"]
 
@@ -18,7 +18,9 @@ FORMULAS = {
     "lightning_attention_2": lightning,
     "davit": channel,
     "biformer": bilevel_routing,
+    "halonet": halo,
     "litv2": hilo,
+    "maxvit": multi_axis,
     "spectformer": spectral,
     "transnext": aggregated,
     "duo_attention": duo,
@@ -48,7 +50,7 @@ def cost(
         element_bytes: bytes of one number of the inputs, 2 for bfloat16.
         settings: the system's own sizes: ``window`` (neighborhood_attention, keys for every query), ``block``
             (lightning), ``regions`` and ``topk`` (biformer), ``window`` (tokens of a side) and ``alpha`` (litv2),
-            ``window`` (likewise) and ``pooled`` (transnext),
+            ``window`` (likewise) and ``pooled`` (transnext), ``partition`` (maxvit), ``block`` and ``halo`` (halonet),
             ``retrieval``, ``sinks``, ``recent`` and ``chunk`` (duo_attention), ``causal`` (dense).
 
     Raises:

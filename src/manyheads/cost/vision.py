@@ -25,6 +25,39 @@ def hilo(shape: Shape, *, window: int = 2, alpha: int | float = 0.9) -> Cost:
     )
 
 
+def multi_axis(shape: Shape, *, partition: int = 7) -> Cost:
+    """MaxViT: attention in blocks of ``partition`` x ``partition`` neighbours, then in a dilated grid of as many."""
+    operations = 2 * 4.0 * shape.rows * shape.head_dim * partition**2
+    return Cost(
+        settings=f"blocks, then a grid, of {partition} x {partition}",
+        formula="forward 4 N P^2 D a head, twice; backward 2.5 times that",
+        causal=False,
+        forward_flops=operations,
+        backward_flops=2.5 * operations,
+        traffic_bytes=2.0 * shape.operand_bytes,
+        state_bytes=None,
+        decode_flops=None,
+    )
+
+
+def halo(shape: Shape, *, block: int = 8, halo: int = 3) -> Cost:
+    """HaloNet: a block of ``block`` x ``block`` queries reads itself and ``halo`` positions around it."""
+    window = (block + 2 * halo) ** 2
+    operations = 4.0 * shape.rows * shape.head_dim * window
+    # Every key and value is read once for each block that it lies in the window of.
+    again = 2.0 * shape.batch * shape.kv_heads * shape.length * shape.head_dim * (window / block**2 - 1)
+    return Cost(
+        settings=f"blocks of {block} x {block} with a halo of {halo}",
+        formula="forward 4 N (b + 2 h)^2 D a head; backward 2.5 times that",
+        causal=False,
+        forward_flops=operations,
+        backward_flops=2.5 * operations,
+        traffic_bytes=shape.operand_bytes + again * shape.element_bytes,
+        state_bytes=None,
+        decode_flops=None,
+    )
+
+
 def aggregated(shape: Shape, *, window: int = 3, pooled: int = 49) -> Cost:
     """TransNeXt: ``window`` x ``window`` neighbours and ``pooled`` keys of the whole map for every query."""
     near = window * window
