@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from manyheads.parallel import LocalRanks
+from tests.parallel.rank_cases import make_meshes
 
 ROOT = str(Path(__file__).parents[2])
 MODULES = (
@@ -29,7 +29,7 @@ def four_ranks():
     sys.path.insert(0, ROOT)
     try:
         with LocalRanks(4, timeout=300, preload=MODULES) as started:
-            started.run(os.getpid)  # the imports take a minute on a busy machine
+            started.run(make_meshes)  # the imports take a minute on a busy machine
             started.timeout = 60.0
             yield started
     finally:

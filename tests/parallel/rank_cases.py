@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -14,6 +15,22 @@ from manyheads.engines.dense import attention
 from manyheads.engines.linear import linear_attention
 from manyheads.parallel import record, shard
 from manyheads.parallel.local import group_of
+
+
+@functools.cache
+def meshes() -> tuple[Any, Any]:
+    """This rank's Ulysses group and its ring group of 2 x 2 ranks.
+
+    Made before any test runs: after many groups and failed calls in one pool, gloo was seen to stop answering while it
+    connects a new one.
+    """
+    rank = dist.get_rank()
+    groups = [dist.new_group(members) for members in ([0, 1], [2, 3], [0, 2], [1, 3])]
+    return groups[rank // 2], groups[2 + rank % 2]
+
+
+def make_meshes() -> None:
+    meshes()
 
 
 def error(got: Tensor, want: Tensor) -> float:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from manyheads import parallel
 from manyheads.engines.dense import attention
 from manyheads.engines.linear import linear_attention
-from tests.parallel.rank_cases import linear_case, softmax_case
+from tests.parallel.rank_cases import linear_case, meshes, softmax_case
 
 SCHEMES = ("ring_self_attention", "token_ring", "lasp2h")
 PACK = [0, 3, 3, 16, 24]
@@ -234,16 +234,10 @@ def _linformer():
     )  # fmt: skip
 
 
-def _meshes():
-    rank = dist.get_rank()
-    groups = [dist.new_group(members) for members in ([0, 1], [2, 3], [0, 2], [1, 3])]
-    return groups[rank // 2], groups[2 + rank % 2]
-
-
 def _ulysses(layout, causal):
     query, key, value, grad = _whole(2, 4, 24, 8)
     wholes = [query.requires_grad_(), key[:, :2].clone().requires_grad_(), value[:, :2].clone().requires_grad_()]
-    want, (ulysses, ring) = attention(*wholes, causal=causal), _meshes()
+    want, (ulysses, ring) = attention(*wholes, causal=causal), meshes()
     return _compare(
         lambda *t: parallel.ulysses_ring_attention(
             *t, ulysses_group=ulysses, ring_group=ring, layout=layout, causal=causal, timeout=20
@@ -253,7 +247,7 @@ def _ulysses(layout, causal):
 
 
 def _two_groups():
-    group, _ = _meshes()
+    group, _ = meshes()
     query, key, value, _ = _whole(2, 2, 8, 4)
     pair, place = divmod(dist.get_rank(), 2)
     query = query + pair  # the two groups hold different sequences
