@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from manyheads.cli.output import Json, human_bytes, human_count, print_json, print_table
+from manyheads.cli.output import Dtype, Json, human_bytes, human_count, print_json, print_table, resolve_dtype
 
 ROWS = (
     ("operations, forward", "forward_flops", human_count),
@@ -27,7 +27,7 @@ def cost(
         int | None, typer.Option(help="Number of key/value heads; as many as heads if omitted.")
     ] = None,
     head_dim: Annotated[int, typer.Option(help="Channels of a head.")] = 64,
-    element_bytes: Annotated[int, typer.Option(help="Bytes of one number: 2 for bfloat16.")] = 2,
+    dtype: Dtype = "bfloat16",
     setting: Annotated[list[str] | None, typer.Option("--set", help="The system's own size: --set window=81.")] = None,
     json: Json = False,
 ) -> None:
@@ -43,7 +43,7 @@ def cost(
     if system not in FORMULAS:
         raise ValueError(f"{system} has no cost formulas; these have: {', '.join(FORMULAS)}")
     sizes: dict[str, Any] = dict(
-        batch=batch, heads=heads, kv_heads=kv_heads, head_dim=head_dim, element_bytes=element_bytes
+        batch=batch, heads=heads, kv_heads=kv_heads, head_dim=head_dim, element_bytes=resolve_dtype(dtype).itemsize
     )
     ours = formula(system, length, **sizes, **_settings(setting or []))
     dense = formula("dense", length, **sizes, causal=ours.causal)
