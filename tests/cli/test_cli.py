@@ -153,7 +153,9 @@ def test_failures_that_are_not_the_users_exit_with_1(monkeypatch, capsys):
 
 def test_ctrl_c_exits_with_130_and_leaves_nothing_behind(tmp_path):
     code = (
-        "import sys, time, types\n"
+        "import signal, sys, time, types\n"
+        # A shell starts its background jobs deaf to Ctrl-C, and the test may be part of one.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from manyheads.reproduce.claims import Claim\n"
         "def wait(seed):\n"
         "    print('started', flush=True)\n"
