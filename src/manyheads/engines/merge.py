@@ -55,16 +55,18 @@ def merge(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Te
     for log in logs[1:]:
         peak = torch.maximum(peak, log.detach())
     peak = torch.where(peak == -math.inf, 0, peak)
-    total, out = torch.zeros_like(peak), torch.zeros_like(outputs[0], dtype=wide)
-    for part, log in zip(outputs, logs):
-        weight = (log - peak).exp()
-        total = total + weight
-        # A kernel may leave anything in the output of a row without keys: 0 * nan must not get through.
-        out = out + torch.where((log == -math.inf)[..., None], 0, part.to(wide)) * weight[..., None]
+    weights = [(log - peak).exp() for log in logs]
+    total = torch.stack(weights).sum(0)
     empty = total == 0
     total = torch.where(empty, 1, total)
+    # The shares are normalised while they are small, so that each output is read once.
+    out = torch.zeros_like(outputs[0], dtype=wide)
+    for part, log, weight in zip(outputs, logs, weights):
+        # A kernel may leave anything in the output of a row without keys: 0 * nan must not get through.
+        part = part.to(wide).masked_fill((log == -math.inf)[..., None], 0)
+        out = torch.addcmul(out, part, (weight / total)[..., None])
     lse = torch.where(empty, -math.inf, peak + total.log())
-    return (out / total[..., None]).to(outputs[0].dtype), lse
+    return out.to(outputs[0].dtype), lse
 
 
 def grouped_softmax(scores: Tensor, groups: Tensor, gates: Tensor, *, own: Tensor | None = None) -> Tensor:
