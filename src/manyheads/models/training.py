@@ -24,6 +24,7 @@ from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from manyheads.layers.mixture_of_heads import collect_routing
 from manyheads.models.checkpoints import save_checkpoint
 from manyheads.models.image_data import ImageData, LabelledImages, load_images
 from manyheads.models.recipes import Recipe, recipe_for
@@ -189,7 +190,7 @@ def train_vision(
     if recipe.mixup or recipe.cutmix:
         mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=images.classes)
     trainer = Trainer(
-        model=_Classifier(network, recipe.label_smoothing, mix),
+        model=_Classifier(network, recipe.label_smoothing, mix, recipe.head_balance),
         args=arguments,
         data_collator=_collate,
         train_dataset=train,
@@ -265,9 +266,12 @@ def test_transform(model: nn.Module, size: int, recipe: Recipe) -> Callable:
 class _Classifier(nn.Module):
     """A vision model that speaks the trainer's language; while it trains, it mixes images and targets."""
 
-    def __init__(self, network: nn.Module, label_smoothing: float, mix: Mixup | None) -> None:
+    def __init__(
+        self, network: nn.Module, label_smoothing: float, mix: Mixup | None, head_balance: float = 0.0
+    ) -> None:
         super().__init__()
         self.network, self.label_smoothing, self.mix = network, label_smoothing, mix
+        self.head_balance = head_balance
 
     def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
         targets, smoothing = labels, self.label_smoothing if self.training else 0.0
@@ -275,8 +279,12 @@ class _Classifier(nn.Module):
             # On a copy, because timm mixes in place; its targets are smooth already.
             pixel_values, targets = self.mix(pixel_values.clone(), labels)
             smoothing = 0.0
-        logits = self.network(pixel_values)
-        return {"loss": F.cross_entropy(logits.float(), targets, label_smoothing=smoothing), "logits": logits}
+        with collect_routing(self.network) as routing:
+            logits = self.network(pixel_values)
+        loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+        if self.training and routing:
+            loss = loss + self.head_balance * routing.balance_loss()
+        return {"loss": loss, "logits": logits}
 
 
 def _collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:

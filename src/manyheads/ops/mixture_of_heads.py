@@ -196,7 +196,7 @@ def mixture_of_heads_attention(
     query: Float[Tensor, "batch heads queries head_dim"],
     key: Float[Tensor, "batch kv_heads keys head_dim"],
     value: Float[Tensor, "batch kv_heads keys value_dim"],
-    gates: Float[Tensor, "batch heads queries"],
+    gates: Tensor,
     *,
     mask: Tensor | None = None,
     bias: Tensor | None = None,
@@ -220,7 +220,7 @@ def mixture_of_heads_attention(
             take "dense".
 
     Raises:
-        TypeError: dtypes that do not fit.
+        TypeError: dtypes that do not fit, a mask that is no tensor.
         ValueError: shapes that do not fit.
 
     Source: arXiv 2410.11842, equation 4.
@@ -235,18 +235,21 @@ def mixture_of_heads_attention(
     check_qkv(query, key, value)
     if tuple(gates.shape) != tuple(query.shape[:3]):
         raise ValueError(f"gates must be (batch, heads, queries) = {tuple(query.shape[:3])}, got {tuple(gates.shape)}")
+    if mask is not None and not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a boolean tensor, got {type(mask).__name__}")
     if backend == "auto":
         backend = "dense" if torch.compiler.is_compiling() or key.shape[2] < GATHER_KEYS else "gathered"
-    if backend == "gathered":
+    if backend == "gathered" and gates.numel():
         # How many queries chose each head, in the sequence where they are most.
-        counts = (gates != 0).sum(-1).amax(0).tolist() if gates.numel() else [0] * query.shape[1]
+        counts = (gates != 0).sum(-1).amax(0).tolist()
         limit = query.shape[2] * (GATHER_SHARE / 2 if causal else GATHER_SHARE)
         seldom = [head for head, count in enumerate(counts) if count <= limit]
         often = [head for head, count in enumerate(counts) if count > limit]
         if seldom:
             mask, bias = (_four_axes(extra, query, key) for extra in (mask, bias))
             options = {"causal": causal, "scale": scale}
-            most = max(counts[head] for head in seldom)
+            # At least one, so that the output depends on its inputs.
+            most = max(1, *(counts[head] for head in seldom))
             few = _gathered(*_heads(seldom, query, key, value, gates, mask, bias), most=most, **options)
             if not often:
                 return few
@@ -266,8 +269,6 @@ def _gathered(query, key, value, gates, mask, bias, *, most, causal, scale) -> T
     """Attention of ``most`` queries of each head, the chosen ones before others; what was not chosen stays 0."""
     queries, keys = query.shape[2], key.shape[2]
     out = query.new_zeros(*query.shape[:3], value.shape[-1])
-    if not most:
-        return out
     # Stable, so that chosen rows keep their order and a causal block of them needs few keys beyond its first row's.
     index = (gates != 0).to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :most]
     for rows in index.split(CAUSAL_ROWS if causal else most, dim=-1):
