@@ -41,7 +41,12 @@ class HeadRouting:
     layers: dict[int, Routing] = field(default_factory=dict)
 
     def head_mask(self) -> Tensor:
-        """(layers, batch, tokens, heads) boolean: the heads that each token used."""
+        """(layers, batch, tokens, heads) boolean: the heads that each token used.
+
+        Raises:
+            ValueError: no forward call was made yet.
+        """
+        self._check()
         return torch.stack([self.layers[layer].gates != 0 for layer in sorted(self.layers)])
 
     def balance_loss(self, attention_mask: Tensor | None = None) -> Tensor:
@@ -49,11 +54,17 @@ class HeadRouting:
 
         Args:
             attention_mask: (batch, tokens) of the last call, 1 for the tokens that count; None counts all.
+
+        Raises:
+            ValueError: no forward call was made yet.
         """
-        if not self.layers:
-            raise ValueError("no forward call was made yet: there is nothing to balance")
+        self._check()
         real = None if attention_mask is None else attention_mask.bool()
         return torch.stack([routing.balance_loss(real) for routing in self.layers.values()]).mean()
+
+    def _check(self) -> None:
+        if not self.layers:
+            raise ValueError("no forward call was made yet inside the with block")
 
 
 @dataclass(frozen=True)
@@ -62,6 +73,9 @@ class MixtureOfHeads:
 
     Plain calls, ``generate()``, batches with padding, any cache and any attention backend serve; tune the model
     inside the block, adding ``0.01 * routing.balance_loss()`` to its loss.
+
+    Models that normalise their queries (Qwen3, Gemma 3) have queries of nearly equal length, so that little is left to
+    choose by.
 
     In calls of many tokens whose attention is SDPA without dropout, heads that few tokens chose attend with these alone
     (see ``mixture_of_heads_attention``); otherwise, and while decoding, all heads are computed and the others put to

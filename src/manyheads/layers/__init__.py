@@ -10,6 +10,7 @@ from manyheads.layers.hilo import DeformableMerging, HiLoAttention
 from manyheads.layers.inline import InLineAttention, InLineStripeAttention
 from manyheads.layers.lightning import TNLAttention
 from manyheads.layers.maxvit import MBConv, MultiAxisAttention, PartitionAttention
+from manyheads.layers.mixture_of_heads import HeadRouter, MixtureOfHeadsAttention, collect_routing
 from manyheads.layers.neighborhood import NeighborhoodAttention
 from manyheads.layers.shifted_window import ShiftedWindowAttention
 from manyheads.layers.shvit import SingleHeadAttention
@@ -29,10 +30,12 @@ __all__ = [
     "CosineAttention",
     "DeformableMerging",
     "HaloAttention",
+    "HeadRouter",
     "HiLoAttention",
     "InLineAttention",
     "InLineStripeAttention",
     "MBConv",
+    "MixtureOfHeadsAttention",
     "MultiAxisAttention",
     "NeighborhoodAttention",
     "PartitionAttention",
@@ -43,4 +46,5 @@ __all__ = [
     "StripeAttention",
     "TNLAttention",
     "WindowAttention",
+    "collect_routing",
 ]

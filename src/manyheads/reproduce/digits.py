@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from manyheads.data.images import digits
+from manyheads.layers.mixture_of_heads import collect_routing
 from manyheads.reproduce.claims import Finding, Verdict
 
 
@@ -22,6 +23,7 @@ def accuracy_on_digits(
     batch: int = 64,
     learning_rate: float = 2e-3,
     weight_decay: float = 0.05,
+    head_balance: int | float = 0.0,
 ) -> float:
     """Test accuracy of a model trained on digits by AdamW with a one-cycle schedule and clipped gradients.
 
@@ -33,6 +35,7 @@ def accuracy_on_digits(
         batch: images a step.
         learning_rate: the schedule's peak.
         weight_decay: of AdamW.
+        head_balance: weight of the load-balancing loss, in models whose tokens choose their heads.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -45,7 +48,9 @@ def accuracy_on_digits(
             if step % (len(labels) // batch) == 0:
                 order = torch.randperm(len(labels)).split(batch)
             chosen = order[step % (len(labels) // batch)]
-            F.cross_entropy(model(images[chosen]), labels[chosen]).backward()
+            with collect_routing(model) as routing:
+                loss = F.cross_entropy(model(images[chosen]), labels[chosen])
+            (loss + head_balance * routing.balance_loss()).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()

@@ -10,7 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from manyheads.adapt.mixture_of_heads import MixtureOfHeads
 from manyheads.layers.mixture_of_heads import MixtureOfHeadsAttention, collect_routing
 from manyheads.layers.transnext import AggregatedAttention, CosineAttention
+from manyheads.models import moh_dit
 from manyheads.models.checkpoints import load_checkpoint
+from manyheads.models.moh_dit import MoHDiT
 from manyheads.models.vision.transnext import TransNeXt, checkpoint_filter_fn
 from tests.goldens.systems._tensors import arrays, tensors
 
@@ -22,6 +24,8 @@ def run(config: dict, state: dict[str, np.ndarray], inputs: dict[str, np.ndarray
     weights, given = tensors(state), tensors(inputs)
     if "vocab_size" in config:
         return arrays(_language(config, weights, given))
+    if "t" in given:
+        return arrays(_dit(config, weights, given))
     return arrays(_layer(config, weights, given) if "dim" in config else _vit(config, weights, given))
 
 
@@ -75,6 +79,27 @@ def _vit(config: dict, weights: dict[str, Tensor], given: dict[str, Tensor]) -> 
     with collect_routing(model) as routing:
         logits = model(given["x"])
     return {"logits": logits, "aux_loss": routing.balance_loss()}
+
+
+def _dit(config: dict, weights: dict[str, Tensor], given: dict[str, Tensor]) -> dict[str, Tensor]:
+    theirs = {"input_size": "img_size", "in_channels": "in_chans", "hidden_size": "embed_dim"}
+    theirs |= {"shared_head": "shared_heads", "routed_head": "active_heads", "class_dropout_prob": "class_dropout"}
+    options = {ours: config[name] for name, ours in theirs.items() if name in config}
+    plain = ("patch_size", "head_dim", "num_heads", "mlp_ratio", "num_classes", "learn_sigma")
+    options |= {name: config[name] for name in plain if name in config}
+    depth = config["depth"]
+    per_layer = {name: options[name] for name in ("num_heads", "shared_heads", "active_heads")}
+    options |= {name: [value] * depth if isinstance(value, int) else value for name, value in per_layer.items()}
+    options.setdefault("head_dim", config["hidden_size"] // options["num_heads"][0])
+    model = MoHDiT(**options).eval()
+    load_checkpoint(model, {"pos_embed": model.pos_embed, **weights}, moh_dit.checkpoint_filter_fn)
+    x, t, y = given["x"], given["t"], given["y"]
+    with collect_routing(model) as routing:
+        out = model(x, t, y)
+    outputs = {"out": out, "aux_loss": routing.balance_loss()}
+    if "cfg_scale" in config:
+        outputs["guided"] = model.guided(x, t, y, config["cfg_scale"])
+    return outputs
 
 
 def _language(config: dict, weights: dict[str, Tensor], given: dict[str, Tensor]) -> dict[str, Tensor]:
