@@ -17,18 +17,19 @@ from manyheads.adapt.mixture_of_heads import MixtureOfHeads
 from manyheads.data.images import digits
 from manyheads.data.language_models import load_language_model
 from manyheads.data.text import documentation_split
-from manyheads.interpret.attach import geometry, head_outputs
+from manyheads.interpret.attach import attention_layers, geometry, head_outputs
 from manyheads.layers.mixture_of_heads import MixtureOfHeadsAttention, collect_routing
 from manyheads.models import create_model
 from manyheads.reproduce.claims import Claim, Finding, Verdict
 from manyheads.reproduce.digits import accuracy_on_digits
 
 WIDTH, HEADS, BLOCKS, SEEDS = 64, 8, 4, 3
-TRAINING: dict[str, Any] = {"size": 8, "epochs": 20, "batch": 128, "learning_rate": 4e-3}
+TRAINING: dict[str, Any] = {"size": 8, "epochs": 10, "batch": 128, "learning_rate": 4e-3}
 # (shared, active) of 8 heads
 THREE_QUARTERS, HALF = (2, 4), (2, 2)
 SMOLLM_HEADS = MixtureOfHeads(shared=4, active=2)
-STEPS, TOKENS, TEST_TOKENS, RATE = 60, 64, 2048, 1e-4
+# Sized for two minutes: the paper tunes on billions of tokens, here only the attention layers learn.
+STEPS, TOKENS, TEST_TOKENS, RATE = 60, 32, 1024, 1e-4
 
 
 def query_norms_choose_well(seed: int) -> Finding:
@@ -160,7 +161,9 @@ def _loss(model: Any, test: Tensor) -> float:
 
 def _tuned_loss(model: Any, choice: MixtureOfHeads | None, train: Tensor, test: Tensor, seed: int) -> float:
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+    model.requires_grad_(False)
+    learnt = [weight for layer in attention_layers(model) for weight in layer.attention.requires_grad_().parameters()]
+    optimizer = torch.optim.AdamW(learnt, lr=RATE)
     with _attached(model, choice):
         for _ in range(STEPS):
             start = int(torch.randint(len(train) - TOKENS, (), generator=generator))
@@ -203,7 +206,8 @@ CLAIMS = (
         statement="A pretrained model's query norms tell which heads a token needs, and a short tuning closes the gap.",
         rule=f"SmolLM2, 4 shared and 2 of 5 routed heads, loss on {TEST_TOKENS} tokens of held-out documentation. "
         f"Refuted when heads chosen at random lose no more. Confirmed when in addition the gap to all heads shrinks by "
-        f"over half after {STEPS} steps of {TOKENS} tokens, both models tuned alike; else inconclusive.",
+        f"over half after {STEPS} AdamW steps of {TOKENS} tokens (attention layers only), both models tuned alike; "
+        "else inconclusive.",
         run=query_norms_choose_well,
         full_scale="manyheads try moh --model meta-llama/Meta-Llama-3-8B --device cuda --dtype bfloat16",
     ),
@@ -211,7 +215,7 @@ CLAIMS = (
         system="moh",
         name="fewer_heads",
         statement="With 50 to 90 % of the heads at work for each token, accuracy stays that of all heads.",
-        rule="A ViT of 4 blocks and 8 heads on digits, 3 seeds, 20 epochs. Confirmed when the means with 75 % and 50 % "
+        rule="A ViT of 4 blocks and 8 heads on digits, 3 seeds, 10 epochs. Confirmed when the means with 75 % and 50 % "
         "are less than one standard deviation (pooled over the three) below that of all heads, refuted when 75 % loses "
         "more than a point.",
         run=fewer_heads_suffice,
