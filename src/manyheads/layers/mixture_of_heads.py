@@ -59,7 +59,7 @@ class HeadRouter(nn.Module):
         self.wg_0 = nn.Linear(dim, 2, bias=False) if routed and shared else None
         self.wg_1 = nn.Linear(dim, shared, bias=False) if shared > 1 else None
 
-    def forward(self, x: Float[Tensor, "*tokens dim"]) -> Routing:
+    def forward(self, x: Float[Tensor, "... dim"]) -> Routing:
         if x.shape[-1] != self.dim:
             raise ValueError(f"x must be (..., {self.dim}), got shape {tuple(x.shape)}")
         shared = self.wg_1(x) if self.wg_1 is not None else x.new_zeros(*x.shape[:-1], 1) if self.shared else None

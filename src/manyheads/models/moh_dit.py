@@ -17,12 +17,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
-from timm.layers import Mlp, PatchEmbed
+from timm.layers import GELUTanh, Mlp, PatchEmbed
 from timm.models import checkpoint as recompute
 from torch import Tensor, nn
 
@@ -96,15 +95,16 @@ class MoHDiT(nn.Module):
         self.patch_size, self.num_classes, self.class_dropout = patch_size, num_classes, class_dropout
         self.grad_checkpointing = False
         self.x_embedder = PatchEmbed(img_size, patch_size, in_chans, embed_dim, strict_img_size=False)
-        self.grid = (img_size // patch_size,) * 2
+        side = img_size // patch_size
+        self.grid: tuple[int, int] = (side, side)
         # Fixed, but part of the published files and counts.
         self.pos_embed = nn.Parameter(position_table(self.grid, embed_dim)[None], requires_grad=False)
         self.t_embedder = TimestepEmbedding(embed_dim)
         self.y_embedder = LabelEmbedding(num_classes, embed_dim)
-        self.blocks = nn.ModuleList(
-            Block(embed_dim, mlp_ratio, head_dim=head_dim, heads=heads, shared=shared, active=active)
-            for heads, shared, active in zip(num_heads, shared_heads, active_heads)
-        )
+        self.blocks = nn.ModuleList()
+        for heads, shared, active in zip(num_heads, shared_heads, active_heads):
+            attention = MixtureOfHeadsAttention(embed_dim, heads, head_dim=head_dim, shared=shared, active=active)
+            self.blocks.append(Block(embed_dim, mlp_ratio, attention))
         self.final_layer = FinalLayer(embed_dim, patch_size**2 * self.out_chans)
         self._initialise()
 
@@ -155,34 +155,24 @@ class MoHDiT(nn.Module):
         self.grad_checkpointing = enable
 
     def _initialise(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        patches = self.x_embedder.proj
-        nn.init.xavier_uniform_(patches.weight.view(patches.out_channels, -1))
-        if patches.bias is not None:
-            nn.init.zeros_(patches.bias)
-        time = self.t_embedder.mlp
-        for weight in (time[0].weight, time[2].weight, self.y_embedder.embedding_table.weight):
-            nn.init.normal_(weight, std=0.02)
-        # Blocks begin as the identity and the model as zero.
-        last = self.final_layer
-        modulations = [part.adaLN_modulation[1] for part in (*self.blocks, last)]
-        for layer in (*modulations, last.linear):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for name, parameter in self.named_parameters():
+            if ".adaLN_modulation." in name or name.startswith("final_layer.") or name.endswith(".bias"):
+                # Blocks begin as the identity, and the model as zero.
+                nn.init.zeros_(parameter)
+            elif name.startswith(("t_embedder.", "y_embedder.")):
+                nn.init.normal_(parameter, std=0.02)
+            elif name != "pos_embed":
+                nn.init.xavier_uniform_(parameter.data.flatten(1))
 
 
 class Block(nn.Module):
     """Mixture-of-head attention and feed-forward, both shifted, scaled and gated by the condition."""
 
-    def __init__(self, dim: int, mlp_ratio: int | float, **heads: int) -> None:
+    def __init__(self, dim: int, mlp_ratio: int | float, attention: MixtureOfHeadsAttention) -> None:
         super().__init__()
         self.norm1, self.norm2 = (nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False) for _ in range(2))
-        self.attn = MixtureOfHeadsAttention(dim, **heads)
-        self.mlp = Mlp(dim, int(mlp_ratio * dim), act_layer=partial(nn.GELU, approximate="tanh"))
+        self.attn = attention
+        self.mlp = Mlp(dim, int(mlp_ratio * dim), act_layer=GELUTanh)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
@@ -216,7 +206,7 @@ class TimestepEmbedding(nn.Module):
         half = TIME_WIDTH // 2
         rates = torch.exp(-math.log(LONGEST_PERIOD) / half * torch.arange(half, device=t.device))
         angles = t.float()[:, None] * rates
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(next(self.parameters()).dtype))
 
 
 class LabelEmbedding(nn.Module):

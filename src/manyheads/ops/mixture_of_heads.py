@@ -73,9 +73,9 @@ def check_routing(heads: int, shared: int, active: int) -> None:
 
 
 def learned_routing(
-    routed: Float[Tensor, "*tokens routed"] | None,
-    shared: Float[Tensor, "*tokens shared"] | None,
-    balance: Float[Tensor, "*tokens 2"] | None,
+    routed: Float[Tensor, "... routed"] | None,
+    shared: Float[Tensor, "... shared"] | None,
+    balance: Float[Tensor, "... 2"] | None,
     *,
     active: int,
 ) -> Routing:
@@ -167,10 +167,10 @@ def query_norm_routing(
 
 
 def load_balance_loss(
-    probabilities: Float[Tensor, "*tokens routed"],
-    chosen: Bool[Tensor, "*tokens routed"],
+    probabilities: Float[Tensor, "... routed"],
+    chosen: Bool[Tensor, "... routed"],
     *,
-    real: Bool[Tensor, "*tokens"] | None = None,
+    real: Tensor | None = None,
 ) -> Tensor:
     """h_r sum_i mean_t(P_ti) mean_t(m_ti), which is K where all routed heads are used alike.
 
@@ -303,7 +303,7 @@ def _rows(x: Tensor, rows: Tensor) -> Tensor:
     return x.gather(2, rows[..., None].expand(*rows.shape, x.shape[-1]))
 
 
-def _heads(wanted: list[int], query, key, value, gates, mask, bias) -> list[Tensor | None]:
+def _heads(wanted: list[int], query, key, value, gates, mask, bias) -> list:
     """Some of the query heads of everything, with a key/value head for each; mask and bias may serve all heads."""
     heads = torch.tensor(wanted, device=query.device)
     groups = heads // (query.shape[1] // key.shape[1])
