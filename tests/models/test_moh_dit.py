@@ -7,7 +7,9 @@ import torch
 
 from manyheads.layers.mixture_of_heads import collect_routing
 from manyheads.models import create_model, load_checkpoint
+from manyheads.models.evaluation import evaluate_vision
 from manyheads.models.moh_dit import VARIANTS, MoHDiT, TimestepEmbedding, checkpoint_filter_fn
+from manyheads.models.training import train_vision
 
 SMALL = {
     "img_size": 8,
@@ -184,6 +186,13 @@ def test_bfloat16_stays_close() -> None:
 def test_bad_options(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _small(**options)
+
+
+def test_labelled_images_do_not_train_or_judge_it(tmp_path) -> None:
+    with pytest.raises(ValueError, match="'moh_dit_s_2_90' has no classifier"):
+        train_vision("moh_dit_s_2_90", "digits", output=tmp_path)
+    with pytest.raises(ValueError, match="'moh_dit_s_2_90' has no classifier"):
+        evaluate_vision("moh_dit_s_2_90", "digits")
 
 
 def test_latents_that_patches_do_not_tile_are_refused() -> None:

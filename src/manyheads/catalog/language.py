@@ -187,7 +187,7 @@ LANGUAGE_SYSTEMS = (
         arxiv="2410.11842",
         kind="layer",
         patterns=(*ANY_SELF, "noncausal-cross", "causal-cross"),
-        rooms=("ops", "layers", "models", "adapt"),
+        rooms=("ops", "layers", "models", "adapt", "objectives"),
         why="Every token picks and weighs the heads it needs, so half to nine tenths of the heads do all the work.",
         state="works",
         public=(
@@ -200,6 +200,7 @@ LANGUAGE_SYSTEMS = (
             "manyheads.models.vision.transnext.TransNeXt",
             "manyheads.models.moh_dit.MoHDiT",
             "manyheads.adapt.mixture_of_heads.MixtureOfHeads",
+            "manyheads.objectives.diffusion.diffusion_loss",
         ),
     ),
     System(

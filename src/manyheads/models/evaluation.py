@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from manyheads.models.image_data import ImageData, load_images
 from manyheads.models.recipes import recipe_for
-from manyheads.models.registry import create_model
+from manyheads.models.registry import check_classifies, create_model
 from manyheads.models.training import fit_to_size, test_transform
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -92,6 +92,8 @@ def evaluate_vision(
         raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
     if batch_size < 1 or (limit is not None and limit < 1):
         raise ValueError(f"batch_size={batch_size} and limit={limit} must be at least 1")
+    if isinstance(model, str):
+        check_classifies(model)
     images = load_images(data, image_size=image_size) if isinstance(data, str) else data
     name = model if isinstance(model, str) else type(model).__name__
     if isinstance(model, str):

@@ -36,7 +36,8 @@ GUIDED_CHANNELS = 3
 class MoHDiT(nn.Module):
     """The MoH-DiT denoiser of class-conditional latent diffusion.
 
-    Samplers take it as any DiT: ``diffusers.DDPMScheduler(variance_type="learned_range")`` steps from its output.
+    ``manyheads.objectives.diffusion_loss`` trains it. Samplers take it as any DiT:
+    ``diffusers.DDPMScheduler(variance_type="learned_range")`` steps from its output.
 
     Args:
         img_size: side of the latents of the training (an image's side divided by 8).

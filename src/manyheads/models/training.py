@@ -28,7 +28,7 @@ from manyheads.layers.mixture_of_heads import collect_routing
 from manyheads.models.checkpoints import save_checkpoint
 from manyheads.models.image_data import ImageData, LabelledImages, load_images
 from manyheads.models.recipes import Recipe, recipe_for
-from manyheads.models.registry import create_model
+from manyheads.models.registry import check_classifies, create_model
 
 WEIGHTS, HISTORY = "model.safetensors", "training.json"
 
@@ -107,11 +107,12 @@ def train_vision(
         callbacks: transformers' callbacks to run along.
 
     Raises:
-        ValueError: unknown names, an odd batch, more images a step than there are, no training part, an output
-            directory that holds another run.
+        ValueError: unknown names, a model that classifies nothing, an odd batch, more images a step than there are, no
+            training part, an output directory that holds another run.
 
     Source: "DaViT: Dual Attention Vision Transformers", arXiv 2204.03645; "BiFormer", arXiv 2303.08810.
     """
+    check_classifies(model)
     output = Path(output)
     images = load_images(data, image_size=image_size) if isinstance(data, str) else data
     world = int(os.environ.get("WORLD_SIZE", "1"))
