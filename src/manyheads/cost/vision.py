@@ -104,8 +104,8 @@ def mixer_gate(shape: Shape, *, tokens_hidden: int = 512, channels_hidden: int =
     biases = 6 * channels + tokens_hidden + shape.length + channels_hidden
     return Cost(
         settings=f"{channels} channels, {tokens_hidden} units over tokens, {channels_hidden} over channels",
-        formula="forward 2 N C^2 (projection), 4 N T C (over tokens), 4 N C F (over channels) and N C (gate) for C = H D "
-        "channels, T and F units; backward twice that",
+        formula="forward 2 N C^2 (projection), 4 N T C (over tokens), 4 N C F (over channels) and N C (gate) for C = H "
+        "D channels, T and F units; backward twice that",
         causal=False,
         forward_flops=operations,
         backward_flops=2.0 * operations,

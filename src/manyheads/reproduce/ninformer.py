@@ -1,4 +1,7 @@
-"""The claims of "NiNformer: A Network in Network Transformer with Token Mixing Generated Gating Function", 2403.02411."""
+"""The claims of "NiNformer: A Network in Network Transformer with Token Mixing Generated Gating Function".
+
+Source: arXiv 2403.02411.
+"""
 
 from __future__ import annotations
 
