@@ -103,7 +103,8 @@ def test_features_only(tmp_path) -> None:
     net = create_model("ninformer_cifar10", checkpoint=tmp_path / "file.pth", features_only=True, **SMALL).eval()
     x = torch.randn(1, 3, 16, 16)
     assert [tuple(y.shape) for y in net(x)] == [(1, 24, 4, 4)]
-    assert net.feature_info.channels() == [24] and net.feature_info.reduction() == [4]
+    assert net.feature_info.channels() == [24]
+    assert net.feature_info.reduction() == [4]
     torch.testing.assert_close(net(x), model.forward_intermediates(x, intermediates_only=True))
 
 
@@ -173,7 +174,8 @@ def test_the_baselines() -> None:
     assert isinstance(_small(mixer="mlp").stages[0].blocks[0], TokenMixer)
     vit = _small(mixer="attention")
     assert isinstance(vit.stages[0].blocks[0], AttentionBlock)
-    assert vit.no_weight_decay() == {"pos_embed"} and not _small().no_weight_decay()
+    assert vit.no_weight_decay() == {"pos_embed"}
+    assert not _small().no_weight_decay()
     assert vit(torch.randn(2, 3, 16, 16)).shape == (2, 7)
 
 

@@ -26,7 +26,7 @@ def test_a_size_alone_does_not_confirm_accuracies() -> None:
     [
         (0.9, 0.9, 0.8, Verdict.CONFIRMED),
         (0.9, 0.8, 0.9, Verdict.INCONCLUSIVE),
-        (0.895, 0.9, 0.8, Verdict.INCONCLUSIVE),
+        (0.895, 0.9, 0.8, Verdict.REFUTED),
         (0.8, 0.9, 0.7, Verdict.REFUTED),
     ],
 )
