@@ -226,6 +226,26 @@ def spectral(length: int, device: str, dtype: torch.dtype) -> Round:
     return Round((x, weight), {OURS: spectral_gating, SDPA: dense})
 
 
+def mixer_gate(length: int, device: str, dtype: torch.dtype) -> Round:
+    """NiNformer's gating unit at the width of its models, where attention (without projections) has 4 heads of 64."""
+    from manyheads.layers.mixer_gate import MixerGating
+    from manyheads.ops.mixer_gate import mixer_gating
+
+    unit = MixerGating(256, length, 512).to(device, dtype).requires_grad_(False)
+    weights = (unit.proj.weight, unit.proj.bias), unit.mixer.weights
+
+    def dense(x: Tensor) -> Tensor:
+        tokens = x.unflatten(2, (4, 64)).transpose(1, 2)
+        return F.scaled_dot_product_attention(tokens, tokens, tokens)
+
+    def ours(x: Tensor, backend: str = "auto") -> Tensor:
+        return mixer_gating(x, *weights, backend=backend)
+
+    # The authors' code transposes the tokens before and after, as the reference does.
+    contestants = {OURS: ours, SDPA: dense, "transposed tokens": partial(ours, backend="reference")}
+    return Round((_normal(1, length, 256, device=device, dtype=dtype),), contestants)
+
+
 def channel(length: int, device: str, dtype: torch.dtype) -> Round:
     """DaViT's channel-group attention, 3 groups of 32 channels."""
     from manyheads.ops.channel import channel_attention
@@ -295,6 +315,7 @@ CASES = (
     Case("HiLo, alpha 0.9, window 2", "dense", hilo, lengths=(14 * 14, 28 * 28, 56 * 56)),
     Case("aggregated 3 x 3 and 7 x 7", "merge", aggregated, lengths=(14 * 14, 28 * 28, 56 * 56)),
     Case("spectral filter", "dense", spectral, lengths=(14 * 14, 28 * 28, 56 * 56, 112 * 112)),
+    Case("mixer gate, 512 units", "dense", mixer_gate, lengths=(8 * 8, 16 * 16, 32 * 32, 64 * 64)),
     Case("linear with decay", "linear", linear_decay),
     Case("linear with features", "linear", linear_feature_map),
     Case("channel groups", "linear", channel),

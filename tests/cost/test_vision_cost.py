@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from manyheads.cost import cost
+from manyheads.layers.mixer_gate import MixerGating
 from manyheads.ops.aggregated import aggregated_attention
 from manyheads.ops.halo import halo_attention
 from manyheads.ops.hilo import hilo_attention, low_head_count
@@ -58,3 +59,13 @@ def test_a_halo_counts_what_torch_counts() -> None:
     found = cost("halonet", 96, block=4, halo=1, **SIZES)
     assert _counted(lambda: halo_attention(x, x, x, block=4, halo=1)) == found.forward_flops
     assert found.traffic_bytes > cost("maxvit", 96, **SIZES).traffic_bytes / 2
+
+
+def test_a_mixer_gate_counts_what_torch_counts() -> None:
+    unit, x = MixerGating(64, 96, 24, 40).to("meta"), torch.randn(2, 96, 64, device="meta")
+    found = cost("ninformer", 96, tokens_hidden=24, channels_hidden=40, **SIZES)
+    # torch counts products of matrices, not the product with the gate.
+    assert _counted(unit.eval(), x) + x.numel() == found.forward_flops
+    parameters = sum(parameter.numel() for parameter in unit.parameters())
+    assert found.traffic_bytes == 4 * (2 * x.numel() + parameters)
+    assert cost("ninformer", 4096, **SIZES).forward_flops == 4 * cost("ninformer", 1024, **SIZES).forward_flops

@@ -29,6 +29,7 @@ ADAPTERS = _Adapters(
     transnext="transnext",
     halonet="halonet",
     maxvit="maxvit",
+    ninformer="ninformer",
     shvit="shvit",
     biformer="biformer",
     neighborhood_attention="neighborhood_attention",

@@ -123,6 +123,7 @@ def contestants(shape: Shape) -> dict[str, tuple[str, Callable[..., Tensor]]]:
         "halonet": _halo,
         "litv2": _hilo,
         "maxvit": _multi_axis,
+        "ninformer": _mixer_gate,
         "spectformer": _spectral,
         "transnext": _aggregated,
         "duo_attention": _duo,
@@ -263,6 +264,19 @@ def _spectral(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
         return out.flatten(1, 2).unflatten(2, v.shape[1::2]).transpose(1, 2)
 
     return f"filter of {rows} x {columns}", filtered
+
+
+def _mixer_gate(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
+    from manyheads.layers.mixer_gate import MixerGating
+
+    unit = MixerGating(shape.heads * shape.head_dim, shape.length, 512, dropout=0.0).requires_grad_(False)
+
+    def gated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # As with filters, the values stand for the one tensor that is mixed.
+        x = v.transpose(1, 2).flatten(2)
+        return unit.to(x.device, x.dtype)(x).unflatten(2, v.shape[1::2]).transpose(1, 2)
+
+    return "gate of 512 and 512 units", gated
 
 
 def _duo(shape: Shape) -> tuple[str, Callable[..., Tensor]]:

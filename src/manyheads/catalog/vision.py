@@ -264,8 +264,15 @@ VISION_SYSTEMS = (
         arxiv="2403.02411",
         kind="vision backbone",
         patterns=SELF,
-        rooms=("layers", "models"),
+        rooms=("ops", "layers", "models"),
         why="An inner mixer computes a gate for every token: dynamic weights without a matrix of scores.",
+        state="works",
+        public=(
+            "manyheads.ops.mixer_gate.mixer_gating",
+            "manyheads.ops.mixer_gate.token_mixing_gate",
+            "manyheads.layers.mixer_gate.MixerGating",
+            "manyheads.models.vision.ninformer.NiNformer",
+        ),
     ),
     System(
         slug="oat",

@@ -91,3 +91,25 @@ def spectral(shape: Shape) -> Cost:
         state_bytes=None,
         decode_flops=None,
     )
+
+
+def mixer_gate(shape: Shape, *, tokens_hidden: int = 512, channels_hidden: int = 512) -> Cost:
+    """NiNformer: the gating unit with its projection and its inner mixer; the heads are channels.
+
+    Unlike the others' figures this includes weight matrices, which here are the whole operator.
+    """
+    channels, tokens = shape.heads * shape.head_dim, shape.batch * shape.length
+    operations = float(tokens * channels * (2 * channels + 4 * tokens_hidden + 4 * channels_hidden + 1))
+    weights = channels**2 + 2 * shape.length * tokens_hidden + 2 * channels * channels_hidden
+    biases = 6 * channels + tokens_hidden + shape.length + channels_hidden
+    return Cost(
+        settings=f"{channels} channels, {tokens_hidden} units over tokens, {channels_hidden} over channels",
+        formula="forward 2 N C^2 (projection), 4 N T C (over tokens), 4 N C F (over channels) and N C (gate) for C = H "
+        "D channels, T and F units; backward twice that",
+        causal=False,
+        forward_flops=operations,
+        backward_flops=2.0 * operations,
+        traffic_bytes=float((2 * tokens * channels + weights + biases) * shape.element_bytes),
+        state_bytes=None,
+        decode_flops=None,
+    )

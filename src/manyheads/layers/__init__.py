@@ -10,6 +10,7 @@ from manyheads.layers.hilo import DeformableMerging, HiLoAttention
 from manyheads.layers.inline import InLineAttention, InLineStripeAttention
 from manyheads.layers.lightning import TNLAttention
 from manyheads.layers.maxvit import MBConv, MultiAxisAttention, PartitionAttention
+from manyheads.layers.mixer_gate import MixerGating, TokenMixer
 from manyheads.layers.neighborhood import NeighborhoodAttention
 from manyheads.layers.shifted_window import ShiftedWindowAttention
 from manyheads.layers.shvit import SingleHeadAttention
@@ -33,6 +34,7 @@ __all__ = [
     "InLineAttention",
     "InLineStripeAttention",
     "MBConv",
+    "MixerGating",
     "MultiAxisAttention",
     "NeighborhoodAttention",
     "PartitionAttention",
@@ -42,5 +44,6 @@ __all__ = [
     "SpectralGating",
     "StripeAttention",
     "TNLAttention",
+    "TokenMixer",
     "WindowAttention",
 ]

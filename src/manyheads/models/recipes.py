@@ -26,6 +26,8 @@ class Recipe:
         random_erasing: probability.
         color_jitter: strength; used where there is no ``auto_augment``.
         crop_scale: smallest share of the image's area that a random crop keeps.
+        crop_padding: pixels around the image within which a crop of its full size is shifted; such a crop and the
+            mirror take the place of all other augmentations of single images. 0 has none.
         hflip: probability of a mirror image.
         crop_pct: share of the image's side that evaluation keeps (224 of 256 pixels is 0.875).
     """
@@ -46,6 +48,7 @@ class Recipe:
     random_erasing: float = 0.25
     color_jitter: float = 0.4
     crop_scale: float = 0.08
+    crop_padding: int = 0
     hflip: float = 0.5
     crop_pct: float = 0.875
 
@@ -102,6 +105,12 @@ _SPECTFORMER = Recipe(epochs=330, clip_grad=1.0, random_erasing=0.0, drop_path=0
 _SPECTFORMER_PYRAMID = Recipe(epochs=310, drop_path=0.1, crop_pct=0.9)
 # arXiv 2103.12731 trained for 350 epochs by SGD, of which AdamW stands in here; its averaged weights are left out.
 _HALONET = Recipe(epochs=350, cutmix=0.0, mixup=0.0, random_erasing=0.0, crop_pct=0.95)
+# arXiv 2403.02411: Adam at one rate, batches of 128. Its program shifts and mirrors the test images too; ours does not.
+_NINFORMER = Recipe(
+    linear_scaling=False, epochs=100, warmup_epochs=0, warmup_lr=1e-3, min_lr=1e-3, weight_decay=0.0, drop_path=0.0,
+    label_smoothing=0.0, auto_augment="", mixup=0.0, cutmix=0.0, random_erasing=0.0, color_jitter=0.0, crop_padding=4,
+    crop_pct=1.0,
+)  # fmt: skip
 RECIPES = {
     **dict.fromkeys(
         ("halonet26t", "halonet50ts", "sehalonet33ts", "eca_halonext26ts", "haloregnetz_b"),
@@ -169,12 +178,13 @@ def recipe_for(model: str, *, small_images: bool = False) -> Recipe:
         "inline": _HOST,
         "shvit": _SHVIT,
         "halonet": _HALONET,
+        "ninformer": _NINFORMER,
     }
     recipe = RECIPES.get(name, families.get(name.split("_")[0], Recipe()))
     if not small_images:
         return recipe
     return dataclasses.replace(
         recipe, epochs=20, warmup_epochs=1, lr=8e-3, linear_scaling=True, min_lr=1e-4, warmup_lr=1e-4, drop_path=0.0,
-        hflip=0.0, crop_scale=0.7, auto_augment="rand-m3-n1-mstd0.5-inc1", mixup=0.1, cutmix=0.0, random_erasing=0.0,
-        crop_pct=1.0,
+        hflip=0.0, crop_scale=0.7, crop_padding=0, auto_augment="rand-m3-n1-mstd0.5-inc1", mixup=0.1, cutmix=0.0,
+        random_erasing=0.0, crop_pct=1.0,
     )  # fmt: skip

@@ -19,9 +19,10 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.data import Mixup, create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_transform
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from torch import Tensor, nn
+from torchvision import transforms
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from manyheads.models.checkpoints import save_checkpoint
@@ -238,8 +239,23 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.op
 
 
 def train_transform(model: nn.Module, size: int, recipe: Recipe) -> Callable:
-    """timm's random crop, flip, RandAugment and erasing, with the model's mean and deviation."""
+    """timm's random crop, flip, RandAugment and erasing, with the model's mean and deviation.
+
+    A recipe with ``crop_padding`` has a shifted crop and a flip instead, which timm does not offer.
+    """
     config = getattr(model, "pretrained_cfg", {})
+    if recipe.crop_padding:
+        return transforms.Compose(
+            [
+                transforms.Resize((size, size), transforms.InterpolationMode.BICUBIC),
+                transforms.RandomCrop(size, recipe.crop_padding),
+                transforms.RandomHorizontalFlip(recipe.hflip),
+                transforms.ToTensor(),
+                transforms.Normalize(
+                    config.get("mean", IMAGENET_DEFAULT_MEAN), config.get("std", IMAGENET_DEFAULT_STD)
+                ),
+            ]
+        )
     return create_transform(  # pyright: ignore[reportReturnType]
         (3, size, size),
         is_training=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from statistics import mean, stdev
 
 import torch
@@ -22,6 +23,7 @@ def accuracy_on_digits(
     batch: int = 64,
     learning_rate: float = 2e-3,
     weight_decay: float = 0.05,
+    constant_rate: bool = False,
 ) -> float:
     """Test accuracy of a model trained on digits by AdamW with a one-cycle schedule and clipped gradients.
 
@@ -33,6 +35,7 @@ def accuracy_on_digits(
         batch: images a step.
         learning_rate: the schedule's peak.
         weight_decay: of AdamW.
+        constant_rate: keep the rate at its peak throughout.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -40,7 +43,8 @@ def accuracy_on_digits(
         model = build().train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
         steps = epochs * (len(labels) // batch)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.2)
+        one_cycle = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=learning_rate, total_steps=steps, pct_start=0.2)
+        schedule = None if constant_rate else one_cycle(optimizer)
         for step in range(steps):
             if step % (len(labels) // batch) == 0:
                 order = torch.randperm(len(labels)).split(batch)
@@ -49,7 +53,8 @@ def accuracy_on_digits(
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            schedule.step()
+            if schedule is not None:
+                schedule.step()
         model.eval()
         with torch.inference_mode():
             guesses = torch.cat([model(part).argmax(-1) for part in test_images.split(128)])
