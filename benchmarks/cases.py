@@ -226,6 +226,18 @@ def spectral(length: int, device: str, dtype: torch.dtype) -> Round:
     return Round((x, weight), {OURS: spectral_gating, SDPA: dense})
 
 
+def injective(length: int, device: str, dtype: torch.dtype) -> Round:
+    """InLine attention, 4 heads of 32 channels."""
+    from manyheads.ops.inline import inline_attention
+
+    contestants = {
+        OURS: inline_attention,
+        SDPA: F.scaled_dot_product_attention,
+        "the equations": partial(inline_attention, backend="reference"),
+    }
+    return Round(_qkv(length, device, dtype, heads=4, head_dim=32), contestants)
+
+
 def channel(length: int, device: str, dtype: torch.dtype) -> Round:
     """DaViT's channel-group attention, 3 groups of 32 channels."""
     from manyheads.ops.channel import channel_attention
@@ -297,6 +309,7 @@ CASES = (
     Case("spectral filter", "dense", spectral, lengths=(14 * 14, 28 * 28, 56 * 56, 112 * 112)),
     Case("linear with decay", "linear", linear_decay),
     Case("linear with features", "linear", linear_feature_map),
+    Case("injective linear", "linear", injective),
     Case("channel groups", "linear", channel),
     Case("decode 512 selected tokens", "select", decode_selected, backward=False),
     Case("merge of four", "merge", merging),

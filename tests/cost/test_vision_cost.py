@@ -10,6 +10,7 @@ from manyheads.cost import cost
 from manyheads.ops.aggregated import aggregated_attention
 from manyheads.ops.halo import halo_attention
 from manyheads.ops.hilo import hilo_attention, low_head_count
+from manyheads.ops.inline import inline_attention
 from manyheads.ops.multi_axis import block_attention, grid_attention
 
 SIZES = dict(batch=2, heads=4, head_dim=16, element_bytes=4)
@@ -58,3 +59,11 @@ def test_a_halo_counts_what_torch_counts() -> None:
     found = cost("halonet", 96, block=4, halo=1, **SIZES)
     assert _counted(lambda: halo_attention(x, x, x, block=4, halo=1)) == found.forward_flops
     assert found.traffic_bytes > cost("maxvit", 96, **SIZES).traffic_bytes / 2
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_inline_counts_what_torch_counts(kv_heads: int) -> None:
+    query, key = (torch.randn(2, heads, 96, 16, device="meta") for heads in (4, kv_heads))
+    found = cost("inline_attention", 96, kv_heads=kv_heads, **SIZES)
+    assert _counted(lambda: inline_attention(query, key, key)) == found.forward_flops
+    assert cost("inline_attention", 192, kv_heads=kv_heads, **SIZES).forward_flops == 2 * found.forward_flops
