@@ -246,6 +246,18 @@ def mixer_gate(length: int, device: str, dtype: torch.dtype) -> Round:
     return Round((_normal(1, length, 256, device=device, dtype=dtype),), contestants)
 
 
+def injective(length: int, device: str, dtype: torch.dtype) -> Round:
+    """InLine attention, 4 heads of 32 channels."""
+    from manyheads.ops.inline import inline_attention
+
+    contestants = {
+        OURS: inline_attention,
+        SDPA: F.scaled_dot_product_attention,
+        "the equations": partial(inline_attention, backend="reference"),
+    }
+    return Round(_qkv(length, device, dtype, heads=4, head_dim=32), contestants)
+
+
 def channel(length: int, device: str, dtype: torch.dtype) -> Round:
     """DaViT's channel-group attention, 3 groups of 32 channels."""
     from manyheads.ops.channel import channel_attention
@@ -318,6 +330,7 @@ CASES = (
     Case("mixer gate, 512 units", "dense", mixer_gate, lengths=(8 * 8, 16 * 16, 32 * 32, 64 * 64)),
     Case("linear with decay", "linear", linear_decay),
     Case("linear with features", "linear", linear_feature_map),
+    Case("injective linear", "linear", injective),
     Case("channel groups", "linear", channel),
     Case("decode 512 selected tokens", "select", decode_selected, backward=False),
     Case("merge of four", "merge", merging),

@@ -11,6 +11,7 @@ from manyheads.layers.mixer_gate import MixerGating
 from manyheads.ops.aggregated import aggregated_attention
 from manyheads.ops.halo import halo_attention
 from manyheads.ops.hilo import hilo_attention, low_head_count
+from manyheads.ops.inline import inline_attention
 from manyheads.ops.multi_axis import block_attention, grid_attention
 
 SIZES = dict(batch=2, heads=4, head_dim=16, element_bytes=4)
@@ -69,3 +70,11 @@ def test_a_mixer_gate_counts_what_torch_counts() -> None:
     parameters = sum(parameter.numel() for parameter in unit.parameters())
     assert found.traffic_bytes == 4 * (2 * x.numel() + parameters)
     assert cost("ninformer", 4096, **SIZES).forward_flops == 4 * cost("ninformer", 1024, **SIZES).forward_flops
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_inline_counts_what_torch_counts(kv_heads: int) -> None:
+    query, key = (torch.randn(2, heads, 96, 16, device="meta") for heads in (4, kv_heads))
+    found = cost("inline_attention", 96, kv_heads=kv_heads, **SIZES)
+    assert _counted(lambda: inline_attention(query, key, key)) == found.forward_flops
+    assert cost("inline_attention", 192, kv_heads=kv_heads, **SIZES).forward_flops == 2 * found.forward_flops

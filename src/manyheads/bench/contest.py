@@ -121,6 +121,7 @@ def contestants(shape: Shape) -> dict[str, tuple[str, Callable[..., Tensor]]]:
         "davit": _channel,
         "biformer": _bilevel_routing,
         "halonet": _halo,
+        "inline_attention": _injective,
         "litv2": _hilo,
         "maxvit": _multi_axis,
         "ninformer": _mixer_gate,
@@ -169,6 +170,12 @@ def _channel(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
     from manyheads.ops.channel import channel_attention
 
     return f"{shape.heads} groups", channel_attention
+
+
+def _injective(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
+    from manyheads.ops.inline import inline_attention
+
+    return "mean key and value over all tokens", inline_attention
 
 
 def _bilevel_routing(shape: Shape) -> tuple[str, Callable[..., Tensor]]:

@@ -181,6 +181,18 @@ VISION_SYSTEMS = (
         patterns=SELF,
         rooms=("ops", "layers", "models"),
         why="Linear attention that keeps distinct queries distinct: a drop-in for softmax at high resolution.",
+        state="works",
+        public=(
+            "manyheads.ops.inline.inline_attention",
+            "manyheads.ops.inline.inline_attention_step",
+            "manyheads.ops.inline.inline_weights",
+            "manyheads.layers.inline.InLineAttention",
+            "manyheads.layers.inline.InLineStripeAttention",
+            "manyheads.models.vision.hosts.HostDeiT",
+            "manyheads.models.vision.hosts.HostPVT",
+            "manyheads.models.vision.hosts.HostSwin",
+            "manyheads.models.vision.hosts.HostCSwin",
+        ),
     ),
     System(
         slug="ir_diffusion",

@@ -7,7 +7,7 @@ import inspect
 from typing import Any
 
 from manyheads.cost.formulas import Cost, Shape, bilevel_routing, channel, dense, duo, lightning, neighborhood
-from manyheads.cost.vision import aggregated, halo, hilo, mixer_gate, multi_axis, spectral
+from manyheads.cost.vision import aggregated, halo, hilo, injective, mixer_gate, multi_axis, spectral
 
 __all__ = ["FORMULAS", "Cost", "cost"]
 
@@ -19,6 +19,7 @@ FORMULAS = {
     "davit": channel,
     "biformer": bilevel_routing,
     "halonet": halo,
+    "inline_attention": injective,
     "litv2": hilo,
     "maxvit": multi_axis,
     "ninformer": mixer_gate,

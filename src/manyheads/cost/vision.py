@@ -113,3 +113,19 @@ def mixer_gate(shape: Shape, *, tokens_hidden: int = 512, channels_hidden: int =
         state_bytes=None,
         decode_flops=None,
     )
+
+
+def injective(shape: Shape) -> Cost:
+    """InLine attention: one D x D matrix a head of keys and values, read by every query."""
+    operations = 2.0 * shape.batch * (shape.heads + shape.kv_heads) * shape.length * shape.head_dim**2
+    return Cost(
+        settings="mean key and value over all tokens",
+        formula="forward 2 N D^2 a query head and as much a key/value head; backward twice that (the small D x D "
+        "matrices are kept)",
+        causal=False,
+        forward_flops=operations,
+        backward_flops=2.0 * operations,
+        traffic_bytes=shape.operand_bytes,
+        state_bytes=None,
+        decode_flops=None,
+    )

@@ -189,7 +189,7 @@ def train_vision(
     mix = None
     if recipe.mixup or recipe.cutmix:
         mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=images.classes)
-    trainer = Trainer(
+    trainer = _Trainer(
         model=_Classifier(network, recipe.label_smoothing, mix),
         args=arguments,
         data_collator=_collate,
@@ -271,11 +271,12 @@ def train_transform(model: nn.Module, size: int, recipe: Recipe) -> Callable:
 
 
 def test_transform(model: nn.Module, size: int, recipe: Recipe) -> Callable:
-    """timm's resizing and central crop, with the model's mean and deviation."""
+    """timm's resizing (of the shorter side or of both, as the authors do) and central crop, mean and deviation."""
     config = getattr(model, "pretrained_cfg", {})
     return create_transform(  # pyright: ignore[reportReturnType]
-        (3, size, size), interpolation="bicubic", crop_pct=recipe.crop_pct, **_statistics(config)
-    )
+        (3, size, size), interpolation="bicubic", crop_pct=recipe.crop_pct,
+        crop_mode=config.get("crop_mode") or "center", **_statistics(config),
+    )  # fmt: skip
 
 
 class _Classifier(nn.Module):
@@ -298,6 +299,17 @@ class _Classifier(nn.Module):
 def _collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     pixels = torch.stack([row["pixel_values"] for row in rows])
     return {"pixel_values": pixels, "labels": torch.tensor([row["labels"] for row in rows])}
+
+
+class _Trainer(Trainer):
+    """The trainer, judging by every test image: only training leaves an incomplete last batch out."""
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        self.args.dataloader_drop_last = False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = True
 
 
 class _Record(TrainerCallback):
