@@ -102,6 +102,8 @@ _SPECTFORMER = Recipe(epochs=330, clip_grad=1.0, random_erasing=0.0, drop_path=0
 _SPECTFORMER_PYRAMID = Recipe(epochs=310, drop_path=0.1, crop_pct=0.9)
 # arXiv 2103.12731 trained for 350 epochs by SGD, of which AdamW stands in here; its averaged weights are left out.
 _HALONET = Recipe(epochs=350, cutmix=0.0, mixup=0.0, random_erasing=0.0, crop_pct=0.95)
+# arXiv 2304.03282 trains as DeiT does (its repeated augmentation is left out).
+_DEPENDENCY = Recipe(crop_pct=0.9)
 RECIPES = {
     **dict.fromkeys(
         ("halonet26t", "halonet50ts", "sehalonet33ts", "eca_halonext26ts", "haloregnetz_b"),
@@ -169,6 +171,7 @@ def recipe_for(model: str, *, small_images: bool = False) -> Recipe:
         "inline": _HOST,
         "shvit": _SHVIT,
         "halonet": _HALONET,
+        "dependency": _DEPENDENCY,
     }
     recipe = RECIPES.get(name, families.get(name.split("_")[0], Recipe()))
     if not small_images:

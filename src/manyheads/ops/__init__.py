@@ -11,6 +11,7 @@ from manyheads.ops.lightning import lightning_attention, lightning_attention_ste
 from manyheads.ops.multi_axis import block_attention, grid_attention, relative_bias
 from manyheads.ops.neighborhood import neighborhood_attention, neighborhood_decode
 from manyheads.ops.neighborhood_plan import neighborhood_mask
+from manyheads.ops.reversed import dependency_mask, reversed_attention
 from manyheads.ops.spectral import resize_filter, spectral_gating
 from manyheads.ops.streaming import streaming_attention
 from manyheads.ops.token_merge import TokenMatching, match_tokens
@@ -24,6 +25,7 @@ __all__ = [
     "bilevel_routing_attention",
     "block_attention",
     "channel_attention",
+    "dependency_mask",
     "grid_attention",
     "halo_attention",
     "hilo_attention",
@@ -41,6 +43,7 @@ __all__ = [
     "neighborhood_mask",
     "relative_bias",
     "resize_filter",
+    "reversed_attention",
     "spectral_gating",
     "streaming_attention",
     "window_attention",
