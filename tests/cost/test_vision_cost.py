@@ -11,6 +11,7 @@ from manyheads.ops.aggregated import aggregated_attention
 from manyheads.ops.halo import halo_attention
 from manyheads.ops.hilo import hilo_attention, low_head_count
 from manyheads.ops.multi_axis import block_attention, grid_attention
+from manyheads.ops.reversed import reversed_attention
 
 SIZES = dict(batch=2, heads=4, head_dim=16, element_bytes=4)
 
@@ -58,3 +59,14 @@ def test_a_halo_counts_what_torch_counts() -> None:
     found = cost("halonet", 96, block=4, halo=1, **SIZES)
     assert _counted(lambda: halo_attention(x, x, x, block=4, halo=1)) == found.forward_flops
     assert found.traffic_bytes > cost("maxvit", 96, **SIZES).traffic_bytes / 2
+
+
+def test_reversed_counts_what_torch_counts() -> None:
+    x = torch.randn(2, 4, 40, 16, requires_grad=True)
+    found = cost("dependency_vit", 40, **SIZES)
+    with FlopCounterMode(display=False) as counter:
+        out = reversed_attention(x, x, x, backend="tiles")
+    assert counter.get_total_flops() == found.forward_flops
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == found.backward_flops

@@ -119,6 +119,7 @@ def contestants(shape: Shape) -> dict[str, tuple[str, Callable[..., Tensor]]]:
         "neighborhood_attention": _neighborhood,
         "lightning_attention": _lightning,
         "davit": _channel,
+        "dependency_vit": _reversed,
         "biformer": _bilevel_routing,
         "halonet": _halo,
         "litv2": _hilo,
@@ -168,6 +169,12 @@ def _channel(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
     from manyheads.ops.channel import channel_attention
 
     return f"{shape.heads} groups", channel_attention
+
+
+def _reversed(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
+    from manyheads.ops.reversed import reversed_attention
+
+    return "all pairs, children to parents", reversed_attention
 
 
 def _bilevel_routing(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
