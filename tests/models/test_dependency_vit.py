@@ -189,7 +189,7 @@ def test_recipe_and_preprocessing() -> None:
         (lambda: _small(img_size=30), "img_size=30 must be a multiple"),
         (lambda: _lite(prune_layers=(1, 3)), "names blocks that a model of depth=3 does not have"),
         (lambda: _lite(prune_layers=(0, 1)), "block 0 would drop tokens before a position generator"),
-        (lambda: _lite(prune_ratio=0.5), "prune_ratio=0.5 at 2 blocks leaves no token"),
+        (lambda: _lite(prune_ratio=0.5), "prune_ratio=0.5 at 2 blocks must be"),
         (lambda: _lite(prune_layers=(2, 2), prune_ratio=1), "prune_ratio=1 at 1 blocks"),
         (lambda: _small(head_selector_temperature=-1), "temperature=-1"),
         (lambda: _small()(torch.randn(1, 3, 36, 32)), "not made of patches of 8"),

@@ -22,9 +22,7 @@ def inspect(
     output: Annotated[
         Path | None, typer.Option(help="Folder for the results; a run that was interrupted continues from it.")
     ] = None,
-    image: Annotated[
-        str, typer.Option(help="Vision: an image file, or a photo that is here: china, flower.")
-    ] = "china",
+    image: Annotated[str, typer.Option(help="Vision: an image file, or a photo: china, flower.")] = "china",
     image_size: Annotated[int, typer.Option(min=1, help="Vision: side in pixels.")] = 224,
     checkpoint: Annotated[str | None, typer.Option(help="Vision: weights, a file or hub id; none are random.")] = None,
     option: Annotated[list[str] | None, typer.Option("--option", help="Vision: an option, NAME=VALUE.")] = None,

@@ -6,8 +6,8 @@
 
 The message m starts at one and never grows, so that a token that has sent its content to its parents ends as a leaf.
 
-Source: "Visual Dependency Transformers: Dependency Tree Emerges from Reversed Attention", arXiv 2304.03282, for which no
-code was published. Widths and biases follow the reimplementation proposed to timm (pull request 2062).
+Source: "Visual Dependency Transformers: Dependency Tree Emerges from Reversed Attention", arXiv 2304.03282; no code was
+published. Widths and biases follow the reimplementation proposed to timm (pull request 2062).
 """
 
 from __future__ import annotations

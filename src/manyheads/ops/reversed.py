@@ -13,7 +13,7 @@ soft dependency mask, from which trees are read (``manyheads.interpret.dependenc
 As the softmax runs along a child's row, the children can be visited a few rows at a time in a single pass; the matrix
 of all pairs is never held. With v' = weight * value and an incoming gradient dO the backward computes, tile by tile::
 
-    dv' = A dO        dA = v' dO^T        dS = A * (dA - v' . dv')        dquery = scale dS key    dkey = scale dS^T query
+    dv' = A dO      dA = v' dO^T      dS = A * (dA - v' . dv')      dquery = scale dS key      dkey = scale dS^T query
 
 which is attention's backward with the roles of value and output gradient exchanged.
 
@@ -249,6 +249,6 @@ def _check_value(query: Tensor, key: Tensor, value: Tensor) -> None:
     check_qkv(query, value, value, same_width=False)
     if value.shape[2] != query.shape[2] or value.shape[1] != key.shape[1]:
         raise ValueError(
-            f"value is what children send, with key's heads: it needs {key.shape[1]} heads and {query.shape[2]} tokens, "
+            f"value is what children send, by key's heads: needs {key.shape[1]} heads and {query.shape[2]} tokens, "
             f"got {value.shape[1]} and {value.shape[2]}"
         )

@@ -97,7 +97,7 @@ def two_parts(count: int) -> tuple[Tensor, Tensor, list[tuple[list[int], list[in
     """Grey images with a square and a bar of patches in two of four textures, one in either half.
 
     Returns:
-        (images (count, 3, SIDE, SIDE), labels KINDS * texture of the square + texture of the bar, tokens of both parts).
+        (images (count, 3, SIDE, SIDE), labels KINDS * texture of the square + that of the bar, tokens of both parts).
     """
     rows, columns = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
     textures = torch.stack([rows % 2, columns % 2, (rows + columns) % 2, (rows // 2) % 2]).float()

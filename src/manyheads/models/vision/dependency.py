@@ -307,8 +307,8 @@ def _keeps(depth: int, cpe_depth: int, layers: Sequence[int], ratio: int | float
             f"prune_layers={tuple(layers)}: block {numbers[0]} would drop tokens before a position generator "
             f"(cpe_depth={cpe_depth}), which needs the whole map"
         )
-    if not 0 <= ratio or (numbers and ratio * len(numbers) >= 1):
-        raise ValueError(f"prune_ratio={ratio} at {len(numbers)} blocks leaves no token; it must be below 1 in all")
+    if ratio < 0 or (numbers and ratio * len(numbers) >= 1):
+        raise ValueError(f"prune_ratio={ratio} at {len(numbers)} blocks must be at least 0 and below 1 in all")
     return {number: KeepTokens((1 - (i + 1) * ratio) / (1 - i * ratio)) for i, number in enumerate(numbers)}
 
 
