@@ -267,8 +267,8 @@ def tree_of(
         parents = spanning_arborescence(weights, root)
     strength = weights[parents, np.arange(tokens)]
     strength[root] = 0
-    message = weights.sum(0).tolist() if message is None else message
-    return DependencyTree(parents.tolist(), root, strength.tolist(), message, grid)
+    left: list[float] = weights.sum(0).tolist() if message is None else message
+    return DependencyTree(parents.tolist(), root, strength.tolist(), left, grid)
 
 
 def spanning_arborescence(weights: np.ndarray, root: int) -> np.ndarray:

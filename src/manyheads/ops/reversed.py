@@ -151,7 +151,8 @@ def _shares(query: Tensor, key: Tensor, parent_mask: Tensor | None, causal: bool
     """A, (batch, heads, children, parents)."""
     wide = accumulation_dtype(query.dtype)
     scores = (query.to(wide) * scale) @ key.to(wide).mT
-    hidden = _hidden(parent_mask, causal, slice(0, query.shape[2]), *scores.shape[2:], query.device)
+    children, parents = query.shape[2], key.shape[2]
+    hidden = _hidden(parent_mask, causal, slice(0, children), children, parents, query.device)
     if hidden is None:
         return scores.softmax(-1)
     # A child that sees no parent has a row of NaN, which is hidden throughout.

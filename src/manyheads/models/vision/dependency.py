@@ -126,7 +126,7 @@ class Blocks(nn.Module):
         tokens: Tokens = (x.flatten(1, 2), None, None, (x.shape[1], x.shape[2]))
         for block in self.blocks:
             tokens = recompute(block, tokens) if self.grad_checkpointing and self.training else block(tokens)
-        return on_map(tokens[0], *tokens[2:]), tokens
+        return on_map(tokens[0], tokens[2], tokens[3]), tokens
 
 
 class DependencyViT(Backbone):
@@ -284,9 +284,10 @@ class DependencyViT(Backbone):
             messages.append(mask.sum(1))
             places.append(everywhere if tokens[2] is None else tokens[2])
             tokens = block(tokens)
-        assert tokens[1] is not None
         logits = self.forward_head(self.finish(tokens))
-        return Dependencies(masks, messages, places, tokens[1], tokens[3], logits)
+        message = tokens[1]
+        assert message is not None
+        return Dependencies(masks, messages, places, message, tokens[3], logits)
 
 
 def on_map(tokens: Tensor, places: Tensor | None, grid: tuple[int, int]) -> Tensor:
