@@ -258,6 +258,28 @@ def injective(length: int, device: str, dtype: torch.dtype) -> Round:
     return Round(_qkv(length, device, dtype, heads=4, head_dim=32), contestants)
 
 
+def reversed_(length: int, device: str, dtype: torch.dtype) -> Round:
+    """DependencyViT's reversed attention, against the whole matrix and the flash kernel's gradient for the values."""
+    from manyheads.ops.reversed import reversed_attention
+
+    def gradient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = torch.zeros_like(v).requires_grad_()
+            out = F.scaled_dot_product_attention(q.detach(), k.detach(), leaf)
+        return torch.autograd.grad(out, leaf, v)[0]
+
+    return Round(
+        _qkv(length, device, dtype, heads=12, head_dim=32),
+        {
+            OURS: reversed_attention,
+            SDPA: F.scaled_dot_product_attention,
+            "the whole matrix": partial(reversed_attention, backend="dense"),
+            "SDPA's gradient": gradient,
+        },
+        {"SDPA's gradient"},
+    )
+
+
 def channel(length: int, device: str, dtype: torch.dtype) -> Round:
     """DaViT's channel-group attention, 3 groups of 32 channels."""
     from manyheads.ops.channel import channel_attention
@@ -331,6 +353,7 @@ CASES = (
     Case("linear with decay", "linear", linear_decay),
     Case("linear with features", "linear", linear_feature_map),
     Case("injective linear", "linear", injective),
+    Case("reversed", "dense", reversed_, lengths=(14 * 14, 28 * 28, 56 * 56)),
     Case("channel groups", "linear", channel),
     Case("decode 512 selected tokens", "select", decode_selected, backward=False),
     Case("merge of four", "merge", merging),

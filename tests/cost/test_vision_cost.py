@@ -13,6 +13,7 @@ from manyheads.ops.halo import halo_attention
 from manyheads.ops.hilo import hilo_attention, low_head_count
 from manyheads.ops.inline import inline_attention
 from manyheads.ops.multi_axis import block_attention, grid_attention
+from manyheads.ops.reversed import reversed_attention
 
 SIZES = dict(batch=2, heads=4, head_dim=16, element_bytes=4)
 
@@ -78,3 +79,14 @@ def test_inline_counts_what_torch_counts(kv_heads: int) -> None:
     found = cost("inline_attention", 96, kv_heads=kv_heads, **SIZES)
     assert _counted(lambda: inline_attention(query, key, key)) == found.forward_flops
     assert cost("inline_attention", 192, kv_heads=kv_heads, **SIZES).forward_flops == 2 * found.forward_flops
+
+
+def test_reversed_counts_what_torch_counts() -> None:
+    x = torch.randn(2, 4, 40, 16, requires_grad=True)
+    found = cost("dependency_vit", 40, **SIZES)
+    with FlopCounterMode(display=False) as counter:
+        out = reversed_attention(x, x, x, backend="tiles")
+    assert counter.get_total_flops() == found.forward_flops
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == found.backward_flops

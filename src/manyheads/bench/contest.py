@@ -119,6 +119,7 @@ def contestants(shape: Shape) -> dict[str, tuple[str, Callable[..., Tensor]]]:
         "neighborhood_attention": _neighborhood,
         "lightning_attention": _lightning,
         "davit": _channel,
+        "dependency_vit": _reversed,
         "biformer": _bilevel_routing,
         "halonet": _halo,
         "inline_attention": _injective,
@@ -176,6 +177,12 @@ def _injective(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
     from manyheads.ops.inline import inline_attention
 
     return "mean key and value over all tokens", inline_attention
+
+
+def _reversed(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
+    from manyheads.ops.reversed import reversed_attention
+
+    return "all pairs, children to parents", reversed_attention
 
 
 def _bilevel_routing(shape: Shape) -> tuple[str, Callable[..., Tensor]]:

@@ -95,6 +95,14 @@ VISION_SYSTEMS = (
         patterns=SELF,
         rooms=("ops", "layers", "models", "interpret"),
         why="Tokens send their content to parents, so part-whole trees can be read off and idle tokens pruned.",
+        state="works",
+        public=(
+            "manyheads.ops.reversed.reversed_attention",
+            "manyheads.ops.reversed.dependency_mask",
+            "manyheads.layers.dependency.ReversedAttention",
+            "manyheads.models.vision.dependency.DependencyViT",
+            "manyheads.interpret.dependency_trees.dependency_trees",
+        ),
     ),
     System(
         slug="deyolo",

@@ -7,7 +7,7 @@ import inspect
 from typing import Any
 
 from manyheads.cost.formulas import Cost, Shape, bilevel_routing, channel, dense, duo, lightning, neighborhood
-from manyheads.cost.vision import aggregated, halo, hilo, injective, mixer_gate, multi_axis, spectral
+from manyheads.cost.vision import aggregated, halo, hilo, injective, mixer_gate, multi_axis, reversed_, spectral
 
 __all__ = ["FORMULAS", "Cost", "cost"]
 
@@ -17,6 +17,7 @@ FORMULAS = {
     "lightning_attention": lightning,
     "lightning_attention_2": lightning,
     "davit": channel,
+    "dependency_vit": reversed_,
     "biformer": bilevel_routing,
     "halonet": halo,
     "inline_attention": injective,

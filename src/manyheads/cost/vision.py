@@ -129,3 +129,18 @@ def injective(shape: Shape) -> Cost:
         state_bytes=None,
         decode_flops=None,
     )
+
+
+def reversed_(shape: Shape) -> Cost:
+    """DependencyViT: every token sends to all others; the shares are computed twice for the backward."""
+    operations = 4.0 * shape.rows * shape.head_dim * shape.length
+    return Cost(
+        settings="all pairs, children to parents",
+        formula="forward 4 N^2 D a head; backward 2.5 times that",
+        causal=False,
+        forward_flops=operations,
+        backward_flops=2.5 * operations,
+        traffic_bytes=shape.operand_bytes,
+        state_bytes=None,
+        decode_flops=None,
+    )

@@ -5,6 +5,7 @@ from manyheads.layers.biformer import BiLevelRoutingAttention
 from manyheads.layers.conv_ffn import ConvFeedForward, ConvGLU
 from manyheads.layers.cross_shaped import StripeAttention
 from manyheads.layers.davit import ChannelAttention, ConvPositionEncoding, WindowAttention
+from manyheads.layers.dependency import MessageController, ReversedAttention
 from manyheads.layers.halo import HaloAttention
 from manyheads.layers.hilo import DeformableMerging, HiLoAttention
 from manyheads.layers.inline import InLineAttention, InLineStripeAttention
@@ -35,9 +36,11 @@ __all__ = [
     "InLineStripeAttention",
     "MBConv",
     "MixerGating",
+    "MessageController",
     "MultiAxisAttention",
     "NeighborhoodAttention",
     "PartitionAttention",
+    "ReversedAttention",
     "ShiftedWindowAttention",
     "SingleHeadAttention",
     "SpatialReductionAttention",

@@ -111,6 +111,8 @@ _NINFORMER = Recipe(
     label_smoothing=0.0, auto_augment="", mixup=0.0, cutmix=0.0, random_erasing=0.0, color_jitter=0.0, crop_padding=4,
     crop_pct=1.0,
 )  # fmt: skip
+# arXiv 2304.03282 trains as DeiT does (its repeated augmentation is left out).
+_DEPENDENCY = Recipe(crop_pct=0.9)
 RECIPES = {
     **dict.fromkeys(
         ("halonet26t", "halonet50ts", "sehalonet33ts", "eca_halonext26ts", "haloregnetz_b"),
@@ -179,6 +181,7 @@ def recipe_for(model: str, *, small_images: bool = False) -> Recipe:
         "shvit": _SHVIT,
         "halonet": _HALONET,
         "ninformer": _NINFORMER,
+        "dependency": _DEPENDENCY,
     }
     recipe = RECIPES.get(name, families.get(name.split("_")[0], Recipe()))
     if not small_images:

@@ -12,6 +12,7 @@ from manyheads.ops.mixer_gate import GateWeights, mixer_gating, resize_token_mix
 from manyheads.ops.multi_axis import block_attention, grid_attention, relative_bias
 from manyheads.ops.neighborhood import neighborhood_attention, neighborhood_decode
 from manyheads.ops.neighborhood_plan import neighborhood_mask
+from manyheads.ops.reversed import dependency_mask, reversed_attention
 from manyheads.ops.spectral import resize_filter, spectral_gating
 from manyheads.ops.streaming import streaming_attention
 from manyheads.ops.token_merge import TokenMatching, match_tokens
@@ -26,6 +27,7 @@ __all__ = [
     "bilevel_routing_attention",
     "block_attention",
     "channel_attention",
+    "dependency_mask",
     "grid_attention",
     "halo_attention",
     "hilo_attention",
@@ -45,6 +47,7 @@ __all__ = [
     "relative_bias",
     "resize_filter",
     "resize_token_mixing",
+    "reversed_attention",
     "spectral_gating",
     "streaming_attention",
     "token_mixing_gate",

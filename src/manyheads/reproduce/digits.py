@@ -8,7 +8,7 @@ from statistics import mean, stdev
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from manyheads.data.images import digits
 from manyheads.reproduce.claims import Finding, Verdict
@@ -59,6 +59,45 @@ def accuracy_on_digits(
         with torch.inference_mode():
             guesses = torch.cat([model(part).argmax(-1) for part in test_images.split(128)])
     return (guesses == test_labels).float().mean().item()
+        model = build()
+        train_classifier(
+            model, images, labels, epochs=epochs, batch=batch, learning_rate=learning_rate, weight_decay=weight_decay
+        )
+    return accuracy(model, test_images, test_labels)
+
+
+def train_classifier(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    epochs: int,
+    batch: int = 64,
+    learning_rate: float = 2e-3,
+    weight_decay: float = 0.05,
+) -> None:
+    """Train a model on images as ``accuracy_on_digits`` does, under the global seed; it is left in evaluation mode."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    steps = epochs * (len(labels) // batch)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.2)
+    for step in range(steps):
+        if step % (len(labels) // batch) == 0:
+            order = torch.randperm(len(labels)).split(batch)
+        chosen = order[step % (len(labels) // batch)]
+        F.cross_entropy(model(images[chosen]), labels[chosen]).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    model.eval()
+
+
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """The share of the images that a model names rightly."""
+    with torch.inference_mode():
+        guesses = torch.cat([model(part).argmax(-1) for part in images.split(128)])
+    return (guesses == labels).float().mean().item()
 
 
 def compare(scores: dict[str, list[float]], ours: str, rivals: tuple[str, ...]) -> Finding:
