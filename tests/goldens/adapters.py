@@ -30,6 +30,7 @@ ADAPTERS = _Adapters(
     halonet="halonet",
     maxvit="maxvit",
     shvit="shvit",
+    tap_adl="tap_adl",
     biformer="biformer",
     neighborhood_attention="neighborhood_attention",
     lightning_attention="lightning_attention",
