@@ -5,6 +5,7 @@ from manyheads.layers.biformer import BiLevelRoutingAttention
 from manyheads.layers.conv_ffn import ConvFeedForward, ConvGLU
 from manyheads.layers.cross_shaped import StripeAttention
 from manyheads.layers.davit import ChannelAttention, ConvPositionEncoding, WindowAttention
+from manyheads.layers.fan import FANBlock
 from manyheads.layers.halo import HaloAttention
 from manyheads.layers.hilo import DeformableMerging, HiLoAttention
 from manyheads.layers.inline import InLineAttention, InLineStripeAttention
@@ -15,6 +16,7 @@ from manyheads.layers.shifted_window import ShiftedWindowAttention
 from manyheads.layers.shvit import SingleHeadAttention
 from manyheads.layers.spatial_reduction import SpatialReductionAttention
 from manyheads.layers.spectral import SpectralGating
+from manyheads.layers.tap import PooledNorm, TokenAwarePooling
 from manyheads.layers.transnext import AggregatedAttention, CosineAttention
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "ConvPositionEncoding",
     "CosineAttention",
     "DeformableMerging",
+    "FANBlock",
     "HaloAttention",
     "HiLoAttention",
     "InLineAttention",
@@ -36,11 +39,13 @@ __all__ = [
     "MultiAxisAttention",
     "NeighborhoodAttention",
     "PartitionAttention",
+    "PooledNorm",
     "ShiftedWindowAttention",
     "SingleHeadAttention",
     "SpatialReductionAttention",
     "SpectralGating",
     "StripeAttention",
     "TNLAttention",
+    "TokenAwarePooling",
     "WindowAttention",
 ]

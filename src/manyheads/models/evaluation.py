@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Subset
@@ -145,6 +147,8 @@ def evaluate_vision(
             seconds += spent
             top1.update(logits, labels)
             top5.update(logits, labels)
+        # Every image gets its own noise, the same one in every run.
+        images.test.seed = 0
         for corruption in corruptions:
             right = 0
             for severity in severities:
@@ -183,8 +187,13 @@ def _corrupted(transform: Any, corruption: str, severity: int) -> Any:
     """timm's transform with the corruption between its cropping and what makes a tensor of the image."""
     steps = list(transform.transforms)
     tensor = next(index for index, step in enumerate(steps) if "Tensor" in type(step).__name__)
-    hit = functools.partial(corrupt, name=corruption, severity=severity)
+    hit = functools.partial(_corrupt, name=corruption, severity=severity)
     return Compose([*steps[:tensor], hit, *steps[tensor:]])
+
+
+def _corrupt(image: Image.Image, name: str, severity: int) -> Image.Image:
+    # The generator stands where the image's own seed has put it (``LabelledImages``).
+    return corrupt(image, name, severity, seed=int(np.random.randint(2**31)))
 
 
 def _wait(device: str) -> None:

@@ -2,7 +2,7 @@
 
     stem:   conv 7 x 7 stride 2 (padding 2), BN, max-pool 3 stride 2, conv p/4 x p/4
     block:  x <- x + Attn(LN(TAP(x)));   x <- x + ConvFFN(LN(x))
-    Attn:   softmax( q k^T / sqrt(d) * sigmoid(mask) ) v      (the mask, (heads, 196, 196), in the first blocks of "plus")
+    Attn:   softmax( q k^T / sqrt(d) * sigmoid(mask) ) v     (a mask (heads, 196, 196) in the first blocks of "plus")
     FFN:    1 x 1 conv, BN, GELU, depthwise 3 x 3, BN, GELU, 1 x 1 conv, BN
     head:   mean over positions, LN, Linear;  between stages a depthwise 3 x 3 convolution with stride 2
 

@@ -62,7 +62,7 @@ def add_token_pooling(
 
 @contextmanager
 def attention_maps(model: nn.Module) -> Iterator[list[Tensor]]:
-    """A list that every forward pass inside the ``with`` block extends by the attention weights of all layers, in order.
+    """A list to which every forward pass inside the ``with`` block adds the attention weights of all layers, in order.
 
     The weights (batch, heads, queries, keys) are those after the softmax and before dropout, part of the graph; layers
     compute them one by one instead of in torch's fused kernel. On leaving, the model is as it was.
