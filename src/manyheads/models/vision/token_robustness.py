@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -42,15 +43,15 @@ def add_token_pooling(
     >>> vit(torch.randn(2, 3, 32, 32)).shape
     torch.Size([2, 10])
     """
-    blocks = [block for block in model.modules() if hasattr(block, "norm1") and hasattr(block, "attn")]
+    blocks: list[Any] = [block for block in model.modules() if hasattr(block, "norm1") and hasattr(block, "attn")]
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no block with norm1 and attn, in front of which TAP could stand")
     if any(isinstance(b.norm1, PooledNorm) or hasattr(b, "dilation_predictor") for b in blocks):
         raise ValueError(f"{type(model).__name__} has token-aware pooling already")
     if grid is None:
-        known = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+        known: Any = getattr(getattr(model, "patch_embed", None), "grid_size", None)
         grid = (known[0], known[1]) if known is not None else None
-    prefix = int(getattr(model, "num_prefix_tokens", 0))
+    prefix: Any = getattr(model, "num_prefix_tokens", 0)
     for block in blocks:
         weight = block.norm1.weight
         pooled = PooledNorm(
@@ -80,7 +81,7 @@ def attention_maps(model: nn.Module) -> Iterator[list[Tensor]]:
     >>> [tuple(weights.shape) for weights in maps]
     [(1, 3, 5, 5), (1, 3, 5, 5)]
     """
-    modules = [m for m in model.modules() if hasattr(m, "attn_drop") and hasattr(m, "fused_attn")]
+    modules: list[Any] = [m for m in model.modules() if hasattr(m, "attn_drop") and hasattr(m, "fused_attn")]
     hidden = sorted(
         {
             type(m).__name__
