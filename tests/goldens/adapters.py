@@ -32,6 +32,7 @@ ADAPTERS = _Adapters(
     maxvit="maxvit",
     ninformer="ninformer",
     shvit="shvit",
+    tap_adl="tap_adl",
     biformer="biformer",
     neighborhood_attention="neighborhood_attention",
     lightning_attention="lightning_attention",

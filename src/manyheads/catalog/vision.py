@@ -362,6 +362,18 @@ VISION_SYSTEMS = (
         patterns=SELF,
         rooms=("layers", "models", "objectives"),
         why="Keeps attention from resting on few tokens, which makes vision transformers robust to corruption.",
+        state="works",
+        public=(
+            "manyheads.layers.tap.token_aware_pooling",
+            "manyheads.layers.tap.TokenAwarePooling",
+            "manyheads.layers.tap.PooledNorm",
+            "manyheads.layers.fan.FANBlock",
+            "manyheads.models.vision.token_robustness.add_token_pooling",
+            "manyheads.models.vision.token_robustness.attention_maps",
+            "manyheads.models.vision.fan.FAN",
+            "manyheads.models.vision.rvt.RVT",
+            "manyheads.objectives.diversification.attention_diversification_loss",
+        ),
     ),
     System(
         slug="transnext",

@@ -6,6 +6,7 @@ from manyheads.layers.conv_ffn import ConvFeedForward, ConvGLU
 from manyheads.layers.cross_shaped import StripeAttention
 from manyheads.layers.davit import ChannelAttention, ConvPositionEncoding, WindowAttention
 from manyheads.layers.dependency import MessageController, ReversedAttention
+from manyheads.layers.fan import FANBlock
 from manyheads.layers.halo import HaloAttention
 from manyheads.layers.hilo import DeformableMerging, HiLoAttention
 from manyheads.layers.inline import InLineAttention, InLineStripeAttention
@@ -17,6 +18,7 @@ from manyheads.layers.shifted_window import ShiftedWindowAttention
 from manyheads.layers.shvit import SingleHeadAttention
 from manyheads.layers.spatial_reduction import SpatialReductionAttention
 from manyheads.layers.spectral import SpectralGating
+from manyheads.layers.tap import PooledNorm, TokenAwarePooling
 from manyheads.layers.transnext import AggregatedAttention, CosineAttention
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "ConvPositionEncoding",
     "CosineAttention",
     "DeformableMerging",
+    "FANBlock",
     "HaloAttention",
     "HiLoAttention",
     "InLineAttention",
@@ -41,6 +44,7 @@ __all__ = [
     "NeighborhoodAttention",
     "PartitionAttention",
     "ReversedAttention",
+    "PooledNorm",
     "ShiftedWindowAttention",
     "SingleHeadAttention",
     "SpatialReductionAttention",
@@ -48,5 +52,6 @@ __all__ = [
     "StripeAttention",
     "TNLAttention",
     "TokenMixer",
+    "TokenAwarePooling",
     "WindowAttention",
 ]

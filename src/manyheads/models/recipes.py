@@ -30,6 +30,7 @@ class Recipe:
             mirror take the place of all other augmentations of single images. 0 has none.
         hflip: probability of a mirror image.
         crop_pct: share of the image's side that evaluation keeps (224 of 256 pixels is 0.875).
+        diversification: weight of the attention diversification loss, see ``manyheads.objectives.diversification``.
     """
 
     lr: float = 1e-3
@@ -51,6 +52,7 @@ class Recipe:
     crop_padding: int = 0
     hflip: float = 0.5
     crop_pct: float = 0.875
+    diversification: float = 0.0
 
 
 # arXiv 2204.03645 (its script's 10 epochs at the lowest rate after the cosine are left out); arXiv 2303.08810 (without
@@ -113,6 +115,13 @@ _NINFORMER = Recipe(
 )  # fmt: skip
 # arXiv 2304.03282 trains as DeiT does (its repeated augmentation is left out).
 _DEPENDENCY = Recipe(crop_pct=0.9)
+# arXiv 2303.11126. FAN: batches of 4,096, its averaged weights left out. RVT: without the augmentation of single
+# patches and the second backward pass that belongs to it.
+_FAN_TAP = Recipe(
+    warmup_epochs=10, warmup_lr=2.5e-7, min_lr=2.5e-7, drop_path=0.35, auto_augment="rand-m9-mstd0.5-inc1",
+    random_erasing=0.3, crop_pct=1.0, diversification=1.0,
+)  # fmt: skip
+_RVT_TAP = Recipe(diversification=1.0)
 RECIPES = {
     **dict.fromkeys(
         ("halonet26t", "halonet50ts", "sehalonet33ts", "eca_halonext26ts", "haloregnetz_b"),
@@ -179,6 +188,8 @@ def recipe_for(model: str, *, small_images: bool = False) -> Recipe:
         "agent": _HOST,
         "inline": _HOST,
         "shvit": _SHVIT,
+        "fan": _FAN_TAP,
+        "rvt": _RVT_TAP,
         "halonet": _HALONET,
         "ninformer": _NINFORMER,
         "dependency": _DEPENDENCY,
