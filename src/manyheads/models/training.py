@@ -198,8 +198,6 @@ def train_vision(
     if recipe.mixup or recipe.cutmix:
         mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=images.classes)
     trainer = _Trainer(
-        model=_Classifier(network, recipe.label_smoothing, mix),
-    trainer = Trainer(
         model=_Classifier(network, recipe.label_smoothing, mix, recipe.diversification),
         args=arguments,
         data_collator=_collate,
