@@ -7,7 +7,7 @@ import inspect
 from typing import Any
 
 from manyheads.cost.formulas import Cost, Shape, bilevel_routing, channel, dense, duo, lightning, neighborhood
-from manyheads.cost.vision import aggregated, halo, hilo, injective, multi_axis, spectral
+from manyheads.cost.vision import agents, aggregated, halo, hilo, injective, multi_axis, spectral
 
 __all__ = ["FORMULAS", "Cost", "cost"]
 
@@ -18,6 +18,7 @@ FORMULAS = {
     "lightning_attention_2": lightning,
     "davit": channel,
     "biformer": bilevel_routing,
+    "agent_attention": agents,
     "halonet": halo,
     "inline_attention": injective,
     "litv2": hilo,
