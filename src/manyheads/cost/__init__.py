@@ -7,7 +7,17 @@ import inspect
 from typing import Any
 
 from manyheads.cost.formulas import Cost, Shape, bilevel_routing, channel, dense, duo, lightning, neighborhood
-from manyheads.cost.vision import agents, aggregated, halo, hilo, injective, multi_axis, spectral
+from manyheads.cost.vision import (
+    aggregated,
+    halo,
+    hilo,
+    injective,
+    mixer_gate,
+    multi_axis,
+    reversed_,
+    spectral,
+    through_agents,
+)
 
 __all__ = ["FORMULAS", "Cost", "cost"]
 
@@ -17,12 +27,14 @@ FORMULAS = {
     "lightning_attention": lightning,
     "lightning_attention_2": lightning,
     "davit": channel,
+    "dependency_vit": reversed_,
     "biformer": bilevel_routing,
-    "agent_attention": agents,
+    "agent_attention": through_agents,
     "halonet": halo,
     "inline_attention": injective,
     "litv2": hilo,
     "maxvit": multi_axis,
+    "ninformer": mixer_gate,
     "spectformer": spectral,
     "transnext": aggregated,
     "duo_attention": duo,
@@ -53,6 +65,7 @@ def cost(
         settings: the system's own sizes: ``window`` (neighborhood_attention, keys for every query), ``block``
             (lightning), ``regions`` and ``topk`` (biformer), ``window`` (tokens of a side) and ``alpha`` (litv2),
             ``window`` (likewise) and ``pooled`` (transnext), ``partition`` (maxvit), ``block`` and ``halo`` (halonet),
+            ``tokens_hidden`` and ``channels_hidden`` (ninformer, units of the gate's two feed-forwards),
             ``retrieval``, ``sinks``, ``recent`` and ``chunk`` (duo_attention), ``causal`` (dense).
 
     Raises:
