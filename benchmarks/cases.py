@@ -258,6 +258,23 @@ def injective(length: int, device: str, dtype: torch.dtype) -> Round:
     return Round(_qkv(length, device, dtype, heads=4, head_dim=32), contestants)
 
 
+def agents(length: int, device: str, dtype: torch.dtype) -> Round:
+    """Agent attention, 4 heads of 32 channels, 49 agents with their biases."""
+    from manyheads.ops.agent import agent_attention
+
+    normal = partial(_normal, device=device, dtype=dtype)
+    shapes = ((1, 4, 49, 32), (4, 49, length), (4, length, 49))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, few: Tensor, *biases: Tensor, backend: str = "auto") -> Tensor:
+        return agent_attention(q, k, v, few, agent_bias=biases[0], query_bias=biases[1], backend=backend)
+
+    def dense(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v)
+
+    inputs = (*_qkv(length, device, dtype, heads=4, head_dim=32), *(normal(*shape) for shape in shapes))
+    return Round(inputs, {OURS: attend, SDPA: dense, "the equations": partial(attend, backend="reference")})
+
+
 def reversed_(length: int, device: str, dtype: torch.dtype) -> Round:
     """DependencyViT's reversed attention, against the whole matrix and the flash kernel's gradient for the values."""
     from manyheads.ops.reversed import reversed_attention
@@ -352,6 +369,7 @@ CASES = (
     Case("mixer gate, 512 units", "dense", mixer_gate, lengths=(8 * 8, 16 * 16, 32 * 32, 64 * 64)),
     Case("linear with decay", "linear", linear_decay),
     Case("linear with features", "linear", linear_feature_map),
+    Case("49 agents", "dense", agents),
     Case("injective linear", "linear", injective),
     Case("reversed", "dense", reversed_, lengths=(14 * 14, 28 * 28, 56 * 56)),
     Case("channel groups", "linear", channel),

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from manyheads.cost import cost
 from manyheads.layers.mixer_gate import MixerGating
+from manyheads.ops.agent import agent_attention
 from manyheads.ops.aggregated import aggregated_attention
 from manyheads.ops.halo import halo_attention
 from manyheads.ops.hilo import hilo_attention, low_head_count
@@ -79,6 +80,13 @@ def test_inline_counts_what_torch_counts(kv_heads: int) -> None:
     found = cost("inline_attention", 96, kv_heads=kv_heads, **SIZES)
     assert _counted(lambda: inline_attention(query, key, key)) == found.forward_flops
     assert cost("inline_attention", 192, kv_heads=kv_heads, **SIZES).forward_flops == 2 * found.forward_flops
+
+
+def test_agents_count_what_torch_counts() -> None:
+    x, few = (torch.randn(2, 4, tokens, 16, device="meta") for tokens in (96, 9))
+    found = cost("agent_attention", 96, agents=9, **SIZES)
+    assert _counted(lambda: agent_attention(x, x, x, few)) == found.forward_flops
+    assert cost("agent_attention", 192, agents=9, **SIZES).forward_flops == 2 * found.forward_flops
 
 
 def test_reversed_counts_what_torch_counts() -> None:

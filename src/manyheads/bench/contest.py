@@ -118,6 +118,7 @@ def contestants(shape: Shape) -> dict[str, tuple[str, Callable[..., Tensor]]]:
     build = {
         "neighborhood_attention": _neighborhood,
         "lightning_attention": _lightning,
+        "agent_attention": _agents,
         "davit": _channel,
         "dependency_vit": _reversed,
         "biformer": _bilevel_routing,
@@ -171,6 +172,20 @@ def _channel(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
     from manyheads.ops.channel import channel_attention
 
     return f"{shape.heads} groups", channel_attention
+
+
+def _agents(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
+    from manyheads.ops.agent import agent_attention
+
+    rows, columns = shape.grid
+    cells = (min(7, rows), min(7, columns))
+
+    def through(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        maps = q.mT.unflatten(3, (rows, columns)).flatten(0, 1)
+        agents = F.adaptive_avg_pool2d(maps, cells).flatten(2).mT.unflatten(0, q.shape[:2])
+        return agent_attention(q, k, v, agents)
+
+    return f"{cells[0] * cells[1]} agents, pooled from the queries", through
 
 
 def _injective(shape: Shape) -> tuple[str, Callable[..., Tensor]]:

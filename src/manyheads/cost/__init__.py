@@ -7,7 +7,17 @@ import inspect
 from typing import Any
 
 from manyheads.cost.formulas import Cost, Shape, bilevel_routing, channel, dense, duo, lightning, neighborhood
-from manyheads.cost.vision import aggregated, halo, hilo, injective, mixer_gate, multi_axis, reversed_, spectral
+from manyheads.cost.vision import (
+    aggregated,
+    halo,
+    hilo,
+    injective,
+    mixer_gate,
+    multi_axis,
+    reversed_,
+    spectral,
+    through_agents,
+)
 
 __all__ = ["FORMULAS", "Cost", "cost"]
 
@@ -19,6 +29,7 @@ FORMULAS = {
     "davit": channel,
     "dependency_vit": reversed_,
     "biformer": bilevel_routing,
+    "agent_attention": through_agents,
     "halonet": halo,
     "inline_attention": injective,
     "litv2": hilo,

@@ -144,3 +144,20 @@ def reversed_(shape: Shape) -> Cost:
         state_bytes=None,
         decode_flops=None,
     )
+
+
+def through_agents(shape: Shape, *, agents: int = 49) -> Cost:
+    """Agent attention: ``agents`` tokens read all keys, and all queries read the agents."""
+    operations = 2 * 4.0 * shape.rows * shape.head_dim * agents
+    few = float(shape.batch * shape.heads * agents * shape.head_dim)
+    return Cost(
+        settings=f"{agents} agents",
+        formula="forward 4 N m D a head, twice (agents over keys, queries over agents); backward 2.5 times that",
+        causal=False,
+        forward_flops=operations,
+        backward_flops=2.5 * operations,
+        # The agents are read twice, and what they gathered is written and read.
+        traffic_bytes=shape.operand_bytes + 4 * few * shape.element_bytes,
+        state_bytes=None,
+        decode_flops=None,
+    )
