@@ -23,6 +23,7 @@ class _Adapters(dict):
 ADAPTERS = _Adapters(
     agent_attention="agent_attention",
     dependency_vit="dependency_vit",
+    dualtoken_vit="dualtoken_vit",
     inline_attention="inline_attention",
     davit="davit",
     litv2="litv2",

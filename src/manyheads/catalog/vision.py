@@ -137,6 +137,12 @@ VISION_SYSTEMS = (
         patterns=BOTH,
         rooms=("layers", "models"),
         why="Convolution for the near, a handful of position-aware global tokens for the far, under one GFLOP.",
+        state="works",
+        public=(
+            "manyheads.layers.dual_token.PositionAwareTokens",
+            "manyheads.layers.dual_token.BiDimensionalAttention",
+            "manyheads.models.vision.dualtoken.DualTokenViT",
+        ),
     ),
     System(
         slug="dyn_perceiver",

@@ -6,6 +6,7 @@ from manyheads.layers.conv_ffn import ConvFeedForward, ConvGLU
 from manyheads.layers.cross_shaped import StripeAttention
 from manyheads.layers.davit import ChannelAttention, ConvPositionEncoding, WindowAttention
 from manyheads.layers.dependency import MessageController, ReversedAttention
+from manyheads.layers.dual_token import BiDimensionalAttention, PositionAwareTokens
 from manyheads.layers.fan import FANBlock
 from manyheads.layers.halo import HaloAttention
 from manyheads.layers.hilo import DeformableMerging, HiLoAttention
@@ -25,6 +26,7 @@ __all__ = [
     "AgentAttention",
     "AgentStripeAttention",
     "AggregatedAttention",
+    "BiDimensionalAttention",
     "BiLevelRoutingAttention",
     "ChannelAttention",
     "ConvFeedForward",
@@ -44,6 +46,7 @@ __all__ = [
     "NeighborhoodAttention",
     "PartitionAttention",
     "PooledNorm",
+    "PositionAwareTokens",
     "ReversedAttention",
     "ShiftedWindowAttention",
     "SingleHeadAttention",

@@ -122,6 +122,10 @@ _FAN_TAP = Recipe(
     random_erasing=0.3, crop_pct=1.0, diversification=1.0,
 )  # fmt: skip
 _RVT_TAP = Recipe(diversification=1.0)
+# arXiv 2309.12424 names epochs and optimiser only: the rest is LightViT's (arXiv 2207.05557).
+_DUALTOKEN = Recipe(
+    warmup_epochs=20, warmup_lr=1e-7, min_lr=1e-6, weight_decay=0.04, mixup=0.2, color_jitter=0.3, crop_pct=0.9
+)
 RECIPES = {
     **dict.fromkeys(
         ("halonet26t", "halonet50ts", "sehalonet33ts", "eca_halonext26ts", "haloregnetz_b"),
@@ -193,6 +197,7 @@ def recipe_for(model: str, *, small_images: bool = False) -> Recipe:
         "halonet": _HALONET,
         "ninformer": _NINFORMER,
         "dependency": _DEPENDENCY,
+        "dualtoken": _DUALTOKEN,
     }
     recipe = RECIPES.get(name, families.get(name.split("_")[0], Recipe()))
     if not small_images:
