@@ -24,6 +24,7 @@ ADAPTERS = _Adapters(
     agent_attention="agent_attention",
     inline_attention="inline_attention",
     davit="davit",
+    dyn_perceiver="dyn_perceiver",
     litv2="litv2",
     spectformer="spectformer",
     transnext="transnext",

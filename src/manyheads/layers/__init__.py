@@ -8,6 +8,7 @@ from manyheads.layers.davit import ChannelAttention, ConvPositionEncoding, Windo
 from manyheads.layers.halo import HaloAttention
 from manyheads.layers.hilo import DeformableMerging, HiLoAttention
 from manyheads.layers.inline import InLineAttention, InLineStripeAttention
+from manyheads.layers.latent import CrossLayer, LatentAttention, SelfLayer
 from manyheads.layers.lightning import TNLAttention
 from manyheads.layers.maxvit import MBConv, MultiAxisAttention, PartitionAttention
 from manyheads.layers.neighborhood import NeighborhoodAttention
@@ -27,15 +28,18 @@ __all__ = [
     "ConvGLU",
     "ConvPositionEncoding",
     "CosineAttention",
+    "CrossLayer",
     "DeformableMerging",
     "HaloAttention",
     "HiLoAttention",
     "InLineAttention",
     "InLineStripeAttention",
+    "LatentAttention",
     "MBConv",
     "MultiAxisAttention",
     "NeighborhoodAttention",
     "PartitionAttention",
+    "SelfLayer",
     "ShiftedWindowAttention",
     "SingleHeadAttention",
     "SpatialReductionAttention",

@@ -102,7 +102,16 @@ _SPECTFORMER = Recipe(epochs=330, clip_grad=1.0, random_erasing=0.0, drop_path=0
 _SPECTFORMER_PYRAMID = Recipe(epochs=310, drop_path=0.1, crop_pct=0.9)
 # arXiv 2103.12731 trained for 350 epochs by SGD, of which AdamW stands in here; its averaged weights are left out.
 _HALONET = Recipe(epochs=350, cutmix=0.0, mixup=0.0, random_erasing=0.0, crop_pct=0.95)
+# arXiv 2306.11248: averaged weights are left out; its loss is the model's own (``DynPerceiver.training_loss``).
+_DYN_PERCEIVER = Recipe(warmup_epochs=20, min_lr=1e-6, drop_path=0.0)
+_DYN_PERCEIVER_RESNET = dataclasses.replace(_DYN_PERCEIVER, lr=6e-4, drop_path=0.2)
 RECIPES = {
+    **{f"dyn_perceiver_regnet_y_{size}": _DYN_PERCEIVER for size in ("400mf", "800mf", "1_6gf", "3_2gf")},
+    **{
+        f"dyn_perceiver_mobilenet_v3_{width}": dataclasses.replace(_DYN_PERCEIVER, epochs=600)
+        for width in ("0x5", "0x75", "1x0", "1x25", "1x5")
+    },
+    **{f"dyn_perceiver_resnet50_{width}": _DYN_PERCEIVER_RESNET for width in ("0x375", "0x5", "0x625", "0x75", "1x0")},
     **dict.fromkeys(
         ("halonet26t", "halonet50ts", "sehalonet33ts", "eca_halonext26ts", "haloregnetz_b"),
         dataclasses.replace(_HALONET, crop_pct=0.94),

@@ -276,6 +276,10 @@ class _Classifier(nn.Module):
             pixel_values, targets = self.mix(pixel_values.clone(), labels)
             smoothing = 0.0
         logits = self.network(pixel_values)
+        if self.training and hasattr(self.network, "training_loss"):
+            # Several outputs, and a loss of the model's own.
+            loss = cast(Any, self.network).training_loss(logits, targets, label_smoothing=smoothing)
+            return {"loss": loss, "logits": logits[-1]}
         return {"loss": F.cross_entropy(logits.float(), targets, label_smoothing=smoothing), "logits": logits}
 
 

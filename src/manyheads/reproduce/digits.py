@@ -7,7 +7,7 @@ from statistics import mean, stdev
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from manyheads.data.images import digits
 from manyheads.reproduce.claims import Finding, Verdict
@@ -23,7 +23,28 @@ def accuracy_on_digits(
     learning_rate: float = 2e-3,
     weight_decay: float = 0.05,
 ) -> float:
-    """Test accuracy of a model trained on digits by AdamW with a one-cycle schedule and clipped gradients.
+    """Test accuracy of a model trained on digits, see ``train_on_digits``."""
+    model = train_on_digits(
+        build, seed, size=size, epochs=epochs, batch=batch, learning_rate=learning_rate, weight_decay=weight_decay
+    )
+    _, _, test_images, test_labels = digits(size, seed=seed)
+    with torch.random.fork_rng(devices=[]), torch.inference_mode():
+        guesses = torch.cat([model(part).argmax(-1) for part in test_images.split(128)])
+    return (guesses == test_labels).float().mean().item()
+
+
+def train_on_digits(
+    build: Callable[[], nn.Module],
+    seed: int,
+    *,
+    size: int = 32,
+    epochs: int = 8,
+    batch: int = 64,
+    learning_rate: float = 2e-3,
+    weight_decay: float = 0.05,
+    loss: Callable[..., Tensor] = F.cross_entropy,
+) -> nn.Module:
+    """A model trained on digits by AdamW with a one-cycle schedule and clipped gradients, ready for evaluation.
 
     Args:
         build: makes the model; called under ``seed``.
@@ -33,10 +54,11 @@ def accuracy_on_digits(
         batch: images a step.
         learning_rate: the schedule's peak.
         weight_decay: of AdamW.
+        loss: of what the model returns and the labels.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        images, labels, test_images, test_labels = digits(size, seed=seed)
+        images, labels, _, _ = digits(size, seed=seed)
         model = build().train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
         steps = epochs * (len(labels) // batch)
@@ -45,15 +67,12 @@ def accuracy_on_digits(
             if step % (len(labels) // batch) == 0:
                 order = torch.randperm(len(labels)).split(batch)
             chosen = order[step % (len(labels) // batch)]
-            F.cross_entropy(model(images[chosen]), labels[chosen]).backward()
+            loss(model(images[chosen]), labels[chosen]).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-        model.eval()
-        with torch.inference_mode():
-            guesses = torch.cat([model(part).argmax(-1) for part in test_images.split(128)])
-    return (guesses == test_labels).float().mean().item()
+    return model.eval()
 
 
 def compare(scores: dict[str, list[float]], ours: str, rivals: tuple[str, ...]) -> Finding:
