@@ -125,6 +125,15 @@ VISION_SYSTEMS = (
         patterns=BOTH,
         rooms=("layers", "models"),
         why="Easy images leave early: exits sit on a latent branch beside the convolutional features.",
+        state="works",
+        public=(
+            "manyheads.layers.latent.LatentAttention",
+            "manyheads.layers.latent.CrossLayer",
+            "manyheads.layers.latent.SelfLayer",
+            "manyheads.models.vision.dyn_perceiver.DynPerceiver",
+            "manyheads.models.early_exit.EarlyExit",
+            "manyheads.models.exit_evaluation.evaluate_exits",
+        ),
     ),
     System(
         slug="eccnet",

@@ -79,15 +79,16 @@ class LatentAttention(nn.Module):
     def forward(
         self,
         query: Float[Tensor, "batch N q_dim"],
-        key: Float[Tensor, "batch L kv_dim"],
-        padding: Bool[Tensor, "batch L"] | None = None,
+        key: Tensor,
+        padding: Tensor | None = None,
     ) -> Float[Tensor, "batch N q_dim"]:
         """Attend.
 
         Args:
             query: what asks.
             key: what is attended.
-            padding: True marks keys that are padding; where all are, the output is that of zero values.
+            padding: boolean (batch, L), True marks keys that are padding; where all are, the output is that of zero
+                values.
         """
         self._check(query, key, padding)
         q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(key)
@@ -115,10 +116,10 @@ class LatentAttention(nn.Module):
             raise ValueError(f"key must be ({query.shape[0]}, L, {self.kv_dim}), got {tuple(key.shape)}")
         if self.key_table is not None and key.shape[1] != self.key_table.shape[1]:
             raise ValueError(f"the key table is for {self.key_table.shape[1]} keys, got {key.shape[1]}")
-        if padding is not None and padding.shape != key.shape[:2]:
+        if padding is not None and (padding.shape != key.shape[:2] or padding.dtype != torch.bool):
             raise ValueError(
-                f"padding must be {tuple(key.shape[:2])}, True for keys that are padding, got {tuple(padding.shape)}; "
-                "other attention masks are not supported"
+                f"padding must be boolean {tuple(key.shape[:2])}, True for keys that are padding, got {padding.dtype} "
+                f"{tuple(padding.shape)}; other attention masks are not supported"
             )
 
 

@@ -179,7 +179,11 @@ def evaluate_exits(
 
 def exit_flops(model: nn.Module, image: Tensor) -> tuple[int, ...]:
     """Floating-point operations up to each exit for one image, a multiply-add counting two."""
-    return tuple(count_flops(_UpTo(model, last), image) for last in range(1, EXITS + 1))
+    steps = _Steps(model)
+    counts = [count_flops(steps, image)]
+    for _ in range(1, EXITS):
+        counts.append(counts[-1] + count_flops(steps, steps.x))
+    return tuple(counts)
 
 
 def budget_curve(
@@ -222,13 +226,19 @@ def thresholds_for(budget: int | float, calibration: Tensor, flops: tuple[int, .
     return low, find_thresholds(calibration, exit_fractions(low))
 
 
-class _UpTo(nn.Module):
-    def __init__(self, model: nn.Module, last: int) -> None:
-        super().__init__()
-        self.model, self.last = model, last
+class _Steps(nn.Module):
+    """From exit to exit with each call, on what the call before left."""
 
-    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        return cast(Any, self.model).forward_exits(image, self.last)
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.index, self.x = model, 0, torch.empty(0)
+        self.z: Tensor | None = None
+        self.hint: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits, self.x, self.z, self.hint = cast(Any, self.model).step(self.index, x, self.z, self.hint)
+        self.index += 1
+        return logits
 
 
 def _batches(
