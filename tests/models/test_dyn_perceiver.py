@@ -92,7 +92,7 @@ def test_every_variant_is_known_and_has_a_recipe() -> None:
     assert recipe_for("dyn_perceiver_resnet50_0x375").lr == 6e-4
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", ["mobilenet_v3_0x5", pytest.param("regnet_y_800mf", marks=pytest.mark.slow)])
 def test_published_operations(name: str) -> None:
     with torch.device("meta"):
         found = exit_flops(create_model(f"dyn_perceiver_{name}").eval(), torch.zeros(1, 3, 224, 224))
@@ -124,7 +124,7 @@ def test_a_thousand_classes_at_exit_3_load() -> None:
 def test_the_convolutional_branch_is_torchvisions(name: str) -> None:
     """Without what the latents write, the last map is that of the plain network."""
     alone = {"write": False, "last_write": False}
-    x = torch.randn(1, 3, 64, 96, dtype=torch.double)
+    x = torch.randn(1, 3, 32, 64, dtype=torch.double)
     if name.startswith("regnet"):
         theirs = _shaken(torchvision.models.regnet_y_400mf()).double().eval()
         names, model = (("stem.", "cnn_stem."), ("trunk_output.", "cnn_body.")), _small(name, **alone)
@@ -282,6 +282,7 @@ def test_export_survives_a_free_batch_for_every_exit(compiling: None, last: int)
         torch.testing.assert_close(program.module()(more), part(more), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiles_whole(compiling: None) -> None:
     model = _shaken(_small(**SHALLOW))
     x = torch.randn(1, 3, 64, 64)
