@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from statistics import mean, stdev
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -171,7 +172,7 @@ def _linear(seed: int) -> Trained:
     return _measure(net, seed, (early, whole))
 
 
-def _train_dynamic(seed: int, size: int = SIZE, epochs: int = EPOCHS, **options: object) -> DynPerceiver:
+def _train_dynamic(seed: int, size: int = SIZE, epochs: int = EPOCHS, **options: Any) -> DynPerceiver:
     def build() -> nn.Module:
         return _quick_statistics(
             create_model(
@@ -270,9 +271,10 @@ CLAIMS = (
         system="dyn_perceiver",
         name="teaching_helps_early_exits",
         statement="Self-distillation and forward knowledge transfer help the early exits.",
-        rule="The same net on digits of 32 pixels, 3 epochs, with both, without self-distillation and without transfer, "
-        "2 seeds, mean accuracy of exits 1 and 2. Confirmed when both together are above each of the others by more than a margin (twice the standard "
-        "error of a difference), refuted when below each by more than that, else inconclusive.",
+        rule="The same net on digits of 32 pixels, 3 epochs, with both, without self-distillation and without "
+        "transfer, 2 seeds, mean accuracy of exits 1 and 2. Confirmed when both together are above each of the others "
+        "by more than a margin (twice the standard error of a difference), refuted when below each by more than that, "
+        "else inconclusive.",
         run=teaching_helps_early_exits,
         full_scale="manyheads train dyn_perceiver_mobilenet_v3_0x75 --data imagenet --option distillation=0",
     ),

@@ -131,6 +131,10 @@ class Exits(nn.Module):
         merged = last + fourth * (1 + transfer)
         self.merge = nn.Sequential(nn.BatchNorm1d(merged), *classify(merged, classes))
 
+    def read_first(self, z: Tensor) -> Tensor:
+        """Exit 1, from the latents."""
+        return self.early(z.mean(1))
+
     def read_latents(self, z: Tensor, hint: Tensor) -> Tensor:
         """Exit 2, from the latents and the logits of exit 1."""
         return self.latent(_joined([z.mean(1)], self.transfer3, hint))
@@ -269,7 +273,7 @@ class DynPerceiver(Backbone):
                 x, z = stage.exchange(x, z)
                 x = stage.convolve(x)
             x, z = self.stages[2].exchange(x, z)
-            logits = None if self.exits is None else self.exits.early(z.mean(1))
+            logits = None if self.exits is None else self.exits.read_first(z)
             return logits, x, z, logits
         if z is None:
             raise ValueError(f"step({index}) needs the latents that step({index - 1}) returned")
