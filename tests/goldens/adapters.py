@@ -22,6 +22,7 @@ class _Adapters(dict):
 
 ADAPTERS = _Adapters(
     agent_attention="agent_attention",
+    dependency_vit="dependency_vit",
     inline_attention="inline_attention",
     davit="davit",
     dyn_perceiver="dyn_perceiver",
@@ -30,7 +31,9 @@ ADAPTERS = _Adapters(
     transnext="transnext",
     halonet="halonet",
     maxvit="maxvit",
+    ninformer="ninformer",
     shvit="shvit",
+    tap_adl="tap_adl",
     biformer="biformer",
     neighborhood_attention="neighborhood_attention",
     lightning_attention="lightning_attention",

@@ -22,12 +22,12 @@ from manyheads.models.early_exit import (
     exit_fractions,
     find_thresholds,
     leaving,
-    self_distillation_loss,
 )
 from manyheads.models.exit_evaluation import evaluate_exits, exit_flops, thresholds_for
 from manyheads.models.image_data import ImageData, LabelledImages
 from manyheads.models.training import train_vision
 from manyheads.models.vision.dyn_perceiver import DynPerceiver
+from manyheads.objectives.self_distillation import self_distillation_loss
 
 NAME = "dyn_perceiver_mobilenet_v3_0x5"
 OPTIONS = {"num_latents": 8, "mlp_ratio": 1, "depth_factor": (1, 0, 0, 1)}

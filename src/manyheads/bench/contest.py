@@ -119,10 +119,13 @@ def contestants(shape: Shape) -> dict[str, tuple[str, Callable[..., Tensor]]]:
         "neighborhood_attention": _neighborhood,
         "lightning_attention": _lightning,
         "davit": _channel,
+        "dependency_vit": _reversed,
         "biformer": _bilevel_routing,
         "halonet": _halo,
+        "inline_attention": _injective,
         "litv2": _hilo,
         "maxvit": _multi_axis,
+        "ninformer": _mixer_gate,
         "spectformer": _spectral,
         "transnext": _aggregated,
         "duo_attention": _duo,
@@ -168,6 +171,18 @@ def _channel(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
     from manyheads.ops.channel import channel_attention
 
     return f"{shape.heads} groups", channel_attention
+
+
+def _injective(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
+    from manyheads.ops.inline import inline_attention
+
+    return "mean key and value over all tokens", inline_attention
+
+
+def _reversed(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
+    from manyheads.ops.reversed import reversed_attention
+
+    return "all pairs, children to parents", reversed_attention
 
 
 def _bilevel_routing(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
@@ -263,6 +278,19 @@ def _spectral(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
         return out.flatten(1, 2).unflatten(2, v.shape[1::2]).transpose(1, 2)
 
     return f"filter of {rows} x {columns}", filtered
+
+
+def _mixer_gate(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
+    from manyheads.layers.mixer_gate import MixerGating
+
+    unit = MixerGating(shape.heads * shape.head_dim, shape.length, 512, dropout=0.0).requires_grad_(False)
+
+    def gated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # As with filters, the values stand for the one tensor that is mixed.
+        x = v.transpose(1, 2).flatten(2)
+        return unit.to(x.device, x.dtype)(x).unflatten(2, v.shape[1::2]).transpose(1, 2)
+
+    return "gate of 512 and 512 units", gated
 
 
 def _duo(shape: Shape) -> tuple[str, Callable[..., Tensor]]:

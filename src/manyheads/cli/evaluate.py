@@ -30,6 +30,10 @@ def evaluate(
     image_size: Annotated[int | None, typer.Option(min=1, help="Side in pixels.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Look at the first so many images only.")] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that load images.")] = 0,
+    corruptions: Annotated[
+        str, typer.Option(help="Also measure under corruptions: all (the fifteen of ImageNet-C) or a list: snow,fog.")
+    ] = "",
+    severities: Annotated[str, typer.Option(help="Strengths of the corruptions, 1 to 5.")] = "1,2,3,4,5",
     attention_types: AttentionTypes = None,
     attention: Attention = None,
     option: ModelOption = None,
@@ -43,6 +47,8 @@ def evaluate(
 ) -> None:
     """Measure a vision model on the test part of labelled images."""
     if exits or budget is not None:
+        if corruptions:
+            raise ValueError("--corruptions cannot be used with --exits or --budget")
         resolve_dtype(dtype)
         _early_exits(
             model, data, budget, json, checkpoint=checkpoint, batch_size=batch_size,
@@ -50,12 +56,15 @@ def evaluate(
             progress=not json, model_options=model_options(option, attention_types, attention),
         )  # fmt: skip
         return
+    from manyheads.data.corruptions import parse_corruptions
     from manyheads.models.evaluation import evaluate_vision
 
     resolve_dtype(dtype)
+    names = parse_corruptions(corruptions) if corruptions else ()
     found = evaluate_vision(
         model, data, checkpoint=checkpoint, batch_size=batch_size, device=str(resolve_device(device)), dtype=dtype,
-        image_size=image_size, limit=limit, workers=workers, progress=not json,
+        image_size=image_size, limit=limit, workers=workers, progress=not json, corruptions=names,
+        severities=_strengths(severities),
         model_options=model_options(option, attention_types, attention),
     )  # fmt: skip
     if json:
@@ -71,8 +80,28 @@ def evaluate(
         ["operations per image", human_count(found.flops)],
         ["peak memory", human_bytes(found.peak_memory_bytes)],
     ]
+    if found.corruptions:
+        rows += [[f"top-1 error, {name}", f"{100 * error:.2f} %"] for name, error in found.corruptions.items()]
+        rows.append(["mean corruption error", _mean_error(found.corruptions, data, names, severities)])
     weights = checkpoint or "random weights"
     print_table(f"{model} ({weights}) on {data}", ["", "measured"], rows, right=("measured",))
+
+
+def _strengths(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--severities {text!r} must be numbers from 1 to 5: 1,3,5") from None
+
+
+def _mean_error(errors: dict[str, float], data: str, names: tuple[str, ...], severities: str) -> str:
+    """Relative to AlexNet's where that is defined: all fifteen corruptions at all strengths, on ImageNet."""
+    from manyheads.data.corruptions import CORRUPTIONS, SEVERITIES, mean_corruption_error
+
+    plain = 100 * sum(errors.values()) / len(errors)
+    if data == "imagenet" and set(names) == set(CORRUPTIONS) and set(_strengths(severities)) == set(SEVERITIES):
+        return f"{100 * mean_corruption_error(errors):.2f} % of AlexNet's (plain mean {plain:.2f} %)"
+    return f"{plain:.2f} % (plain mean)"
 
 
 def _early_exits(model: str, data: str, budget: float | None, json: bool, **options: Any) -> None:

@@ -7,7 +7,7 @@ import inspect
 from typing import Any
 
 from manyheads.cost.formulas import Cost, Shape, bilevel_routing, channel, dense, duo, lightning, neighborhood
-from manyheads.cost.vision import aggregated, halo, hilo, multi_axis, spectral
+from manyheads.cost.vision import aggregated, halo, hilo, injective, mixer_gate, multi_axis, reversed_, spectral
 
 __all__ = ["FORMULAS", "Cost", "cost"]
 
@@ -17,10 +17,13 @@ FORMULAS = {
     "lightning_attention": lightning,
     "lightning_attention_2": lightning,
     "davit": channel,
+    "dependency_vit": reversed_,
     "biformer": bilevel_routing,
     "halonet": halo,
+    "inline_attention": injective,
     "litv2": hilo,
     "maxvit": multi_axis,
+    "ninformer": mixer_gate,
     "spectformer": spectral,
     "transnext": aggregated,
     "duo_attention": duo,
@@ -51,6 +54,7 @@ def cost(
         settings: the system's own sizes: ``window`` (neighborhood_attention, keys for every query), ``block``
             (lightning), ``regions`` and ``topk`` (biformer), ``window`` (tokens of a side) and ``alpha`` (litv2),
             ``window`` (likewise) and ``pooled`` (transnext), ``partition`` (maxvit), ``block`` and ``halo`` (halonet),
+            ``tokens_hidden`` and ``channels_hidden`` (ninformer, units of the gate's two feed-forwards),
             ``retrieval``, ``sinks``, ``recent`` and ``chunk`` (duo_attention), ``causal`` (dense).
 
     Raises:

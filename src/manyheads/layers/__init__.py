@@ -5,17 +5,21 @@ from manyheads.layers.biformer import BiLevelRoutingAttention
 from manyheads.layers.conv_ffn import ConvFeedForward, ConvGLU
 from manyheads.layers.cross_shaped import StripeAttention
 from manyheads.layers.davit import ChannelAttention, ConvPositionEncoding, WindowAttention
+from manyheads.layers.dependency import MessageController, ReversedAttention
+from manyheads.layers.fan import FANBlock
 from manyheads.layers.halo import HaloAttention
 from manyheads.layers.hilo import DeformableMerging, HiLoAttention
 from manyheads.layers.inline import InLineAttention, InLineStripeAttention
 from manyheads.layers.latent import CrossLayer, LatentAttention, SelfLayer
 from manyheads.layers.lightning import TNLAttention
 from manyheads.layers.maxvit import MBConv, MultiAxisAttention, PartitionAttention
+from manyheads.layers.mixer_gate import MixerGating, TokenMixer
 from manyheads.layers.neighborhood import NeighborhoodAttention
 from manyheads.layers.shifted_window import ShiftedWindowAttention
 from manyheads.layers.shvit import SingleHeadAttention
 from manyheads.layers.spatial_reduction import SpatialReductionAttention
 from manyheads.layers.spectral import SpectralGating
+from manyheads.layers.tap import PooledNorm, TokenAwarePooling
 from manyheads.layers.transnext import AggregatedAttention, CosineAttention
 
 __all__ = [
@@ -30,15 +34,20 @@ __all__ = [
     "CosineAttention",
     "CrossLayer",
     "DeformableMerging",
+    "FANBlock",
     "HaloAttention",
     "HiLoAttention",
     "InLineAttention",
     "InLineStripeAttention",
     "LatentAttention",
     "MBConv",
+    "MessageController",
+    "MixerGating",
     "MultiAxisAttention",
     "NeighborhoodAttention",
     "PartitionAttention",
+    "PooledNorm",
+    "ReversedAttention",
     "SelfLayer",
     "ShiftedWindowAttention",
     "SingleHeadAttention",
@@ -46,5 +55,7 @@ __all__ = [
     "SpectralGating",
     "StripeAttention",
     "TNLAttention",
+    "TokenAwarePooling",
+    "TokenMixer",
     "WindowAttention",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -14,11 +13,12 @@ from torch import Tensor, nn
 
 from manyheads.data.images import digits
 from manyheads.models import create_model
-from manyheads.models.early_exit import confidences, find_thresholds, leaving, self_distillation_loss
+from manyheads.models.early_exit import confidences, find_thresholds, leaving
 from manyheads.models.evaluation import count_flops
 from manyheads.models.exit_evaluation import budget_curve, exit_flops
 from manyheads.models.vision.dyn_perceiver import DynPerceiver
 from manyheads.models.vision.dyn_perceiver_cnn import build_branch
+from manyheads.objectives.self_distillation import self_distillation_loss
 from manyheads.reproduce.claims import Claim, Finding, Verdict
 from manyheads.reproduce.digits import train_on_digits
 
@@ -158,13 +158,12 @@ def _dynamic(seed: int) -> Trained:
 
 @cache
 def _linear(seed: int) -> Trained:
-    def loss(outputs: Sequence[Tensor], labels: Tensor) -> Tensor:
-        return self_distillation_loss(outputs, labels, weights=(0.5, 1.0))
+    def loss(net: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        return self_distillation_loss(net(images), labels, weights=(0.5, 1.0))
 
-    def build() -> nn.Module:
-        return _quick_statistics(LinearExits())
-
-    net = train_on_digits(build, seed, size=SIZE, epochs=EPOCHS, loss=loss)
+    net, _, _ = train_on_digits(
+        lambda: _quick_statistics(LinearExits()), seed, size=SIZE, epochs=EPOCHS, loss=loss
+    )  # fmt: skip
     assert isinstance(net, LinearExits)
     image = torch.zeros(1, 3, SIZE, SIZE)
     whole = count_flops(net, image)
@@ -181,19 +180,13 @@ def _train_dynamic(seed: int, size: int = SIZE, epochs: int = EPOCHS, **options:
             )
         )  # fmt: skip
 
-    nets: list[DynPerceiver] = []
-
-    def loss(outputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:
-        return nets[0].training_loss(outputs, labels)
-
-    def keep() -> nn.Module:
-        net = build()
+    def loss(net: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         assert isinstance(net, DynPerceiver)
-        nets.append(net)
-        return net
+        return net.training_loss(net(images), labels)
 
-    train_on_digits(keep, seed, size=size, epochs=epochs, loss=loss)
-    return nets[0]
+    net, _, _ = train_on_digits(build, seed, size=size, epochs=epochs, loss=loss)
+    assert isinstance(net, DynPerceiver)
+    return net
 
 
 def _quick_statistics(net: nn.Module) -> nn.Module:

@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from manyheads.engines.common import check_choice
 from manyheads.layers.latent import CrossLayer, SelfLayer
 from manyheads.models.checkpoints import State, rename
-from manyheads.models.early_exit import self_distillation_loss
 from manyheads.models.registry import register
 from manyheads.models.vision.backbone import Backbone
 from manyheads.models.vision.dyn_perceiver_cnn import REGNETS, build_branch
 from manyheads.models.vision.features import check_image, stage_indices
+from manyheads.objectives.self_distillation import self_distillation_loss
 
 EXITS = 4
 POOLED = 7
@@ -324,7 +324,7 @@ class DynPerceiver(Backbone):
         return self.forward_head(self.forward_features(x))
 
     def training_loss(self, outputs: tuple[Tensor, ...], targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """What training minimises, from the four logits: ``manyheads.models.early_exit.self_distillation_loss``."""
+        """What training minimises, from the four logits: ``self_distillation_loss``."""
         return self_distillation_loss(
             outputs, targets, alpha=self.distillation, temperature=self.temperature, label_smoothing=label_smoothing
         )
