@@ -26,6 +26,7 @@ ADAPTERS = _Adapters(
     dualtoken_vit="dualtoken_vit",
     inline_attention="inline_attention",
     davit="davit",
+    dyn_perceiver="dyn_perceiver",
     litv2="litv2",
     spectformer="spectformer",
     transnext="transnext",

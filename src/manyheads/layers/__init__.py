@@ -11,6 +11,7 @@ from manyheads.layers.fan import FANBlock
 from manyheads.layers.halo import HaloAttention
 from manyheads.layers.hilo import DeformableMerging, HiLoAttention
 from manyheads.layers.inline import InLineAttention, InLineStripeAttention
+from manyheads.layers.latent import CrossLayer, LatentAttention, SelfLayer
 from manyheads.layers.lightning import TNLAttention
 from manyheads.layers.maxvit import MBConv, MultiAxisAttention, PartitionAttention
 from manyheads.layers.mixer_gate import MixerGating, TokenMixer
@@ -33,12 +34,14 @@ __all__ = [
     "ConvGLU",
     "ConvPositionEncoding",
     "CosineAttention",
+    "CrossLayer",
     "DeformableMerging",
     "FANBlock",
     "HaloAttention",
     "HiLoAttention",
     "InLineAttention",
     "InLineStripeAttention",
+    "LatentAttention",
     "MBConv",
     "MessageController",
     "MixerGating",
@@ -48,6 +51,7 @@ __all__ = [
     "PooledNorm",
     "PositionAwareTokens",
     "ReversedAttention",
+    "SelfLayer",
     "ShiftedWindowAttention",
     "SingleHeadAttention",
     "SpatialReductionAttention",

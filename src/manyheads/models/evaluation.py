@@ -101,8 +101,6 @@ def evaluate_vision(
     Raises:
         ValueError: unknown names, an unreadable checkpoint, a checkpoint of another model or number of classes.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
     if batch_size < 1 or (limit is not None and limit < 1):
         raise ValueError(f"batch_size={batch_size} and limit={limit} must be at least 1")
     for corruption in corruptions:
@@ -110,16 +108,11 @@ def evaluate_vision(
             check_corruption(corruption, severity)
     if corruptions and not severities:
         raise ValueError("corruptions need at least one severity")
-    images = load_images(data, image_size=image_size) if isinstance(data, str) else data
-    name = model if isinstance(model, str) else type(model).__name__
-    if isinstance(model, str):
-        options = {"num_classes": images.classes, **(model_options or {})}
-        model = create_model(model, checkpoint=checkpoint, **options)
-    model = model.to(device, DTYPES[dtype]).eval()
-    size = image_size or images.image_size or int(getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224))[-1])
-    fit_to_size(model, size)
-    recipe = recipe_for(name, small_images=images.image_size is not None)
-    images.test.transform = clean = test_transform(model, size, recipe)
+    name, model, images, size = prepare(
+        model, data, checkpoint=checkpoint, device=device, dtype=dtype, image_size=image_size,
+        model_options=model_options,
+    )  # fmt: skip
+    clean = images.test.transform
     seen = images.test if limit is None else Subset(images.test, range(min(limit, len(images.test))))
 
     classes = images.classes
@@ -168,6 +161,32 @@ def evaluate_vision(
         image_size=size,
         corruptions=errors,
     )
+
+
+def prepare(
+    model: str | nn.Module,
+    data: str | ImageData,
+    *,
+    checkpoint: str | Path | None,
+    device: str,
+    dtype: str,
+    image_size: int | None,
+    model_options: dict[str, Any] | None,
+) -> tuple[str, nn.Module, ImageData, int]:
+    """The model's name, the model ready to be evaluated, the images as it wants to see them, and their side."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
+    images = load_images(data, image_size=image_size) if isinstance(data, str) else data
+    name = model if isinstance(model, str) else type(model).__name__
+    if isinstance(model, str):
+        options = {"num_classes": images.classes, **(model_options or {})}
+        model = create_model(model, checkpoint=checkpoint, **options)
+    model = model.to(device, DTYPES[dtype]).eval()
+    size = image_size or images.image_size or int(getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224))[-1])
+    fit_to_size(model, size)
+    recipe = recipe_for(name, small_images=images.image_size is not None)
+    images.test.transform = test_transform(model, size, recipe)
+    return name, model, images, size
 
 
 def count_flops(model: nn.Module, image: torch.Tensor) -> int:

@@ -126,7 +126,16 @@ _RVT_TAP = Recipe(diversification=1.0)
 _DUALTOKEN = Recipe(
     warmup_epochs=20, warmup_lr=1e-7, min_lr=1e-6, weight_decay=0.04, mixup=0.2, color_jitter=0.3, crop_pct=0.9
 )
+# arXiv 2306.11248: averaged weights are left out; its loss is the model's own (``DynPerceiver.training_loss``).
+_DYN_PERCEIVER = Recipe(warmup_epochs=20, min_lr=1e-6, drop_path=0.0)
+_DYN_PERCEIVER_RESNET = dataclasses.replace(_DYN_PERCEIVER, lr=6e-4, drop_path=0.2)
 RECIPES = {
+    **{f"dyn_perceiver_regnet_y_{size}": _DYN_PERCEIVER for size in ("400mf", "800mf", "1_6gf", "3_2gf")},
+    **{
+        f"dyn_perceiver_mobilenet_v3_{width}": dataclasses.replace(_DYN_PERCEIVER, epochs=600)
+        for width in ("0x5", "0x75", "1x0", "1x25", "1x5")
+    },
+    **{f"dyn_perceiver_resnet50_{width}": _DYN_PERCEIVER_RESNET for width in ("0x375", "0x5", "0x625", "0x75", "1x0")},
     **dict.fromkeys(
         ("halonet26t", "halonet50ts", "sehalonet33ts", "eca_halonext26ts", "haloregnetz_b"),
         dataclasses.replace(_HALONET, crop_pct=0.94),

@@ -303,6 +303,11 @@ class _Classifier(nn.Module):
             # On a copy, because timm mixes in place; its targets are smooth already.
             pixel_values, targets = self.mix(pixel_values.clone(), labels)
             smoothing = 0.0
+        if self.training and hasattr(self.network, "training_loss"):
+            # Several outputs, and a loss of the model's own.
+            outputs = self.network(pixel_values)
+            loss = cast(Any, self.network).training_loss(outputs, targets, label_smoothing=smoothing)
+            return {"loss": loss, "logits": outputs[-1]}
         if not (self.training and self.diversification):
             logits = self.network(pixel_values)
             return {"loss": F.cross_entropy(logits.float(), targets, label_smoothing=smoothing), "logits": logits}
