@@ -31,6 +31,7 @@ ADAPTERS = _Adapters(
     halonet="halonet",
     maxvit="maxvit",
     ninformer="ninformer",
+    medusa="medusa",
     shvit="shvit",
     tap_adl="tap_adl",
     biformer="biformer",
