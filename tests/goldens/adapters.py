@@ -33,6 +33,7 @@ ADAPTERS = _Adapters(
     halonet="halonet",
     maxvit="maxvit",
     ninformer="ninformer",
+    medusa="medusa",
     shvit="shvit",
     tap_adl="tap_adl",
     biformer="biformer",
