@@ -244,6 +244,77 @@ def spectral(length: int, device: str, dtype: torch.dtype) -> Round:
     return Round((x, weight), {OURS: spectral_gating, SDPA: dense})
 
 
+def mixer_gate(length: int, device: str, dtype: torch.dtype) -> Round:
+    """NiNformer's gating unit at the width of its models, where attention (without projections) has 4 heads of 64."""
+    from manyheads.layers.mixer_gate import MixerGating
+    from manyheads.ops.mixer_gate import mixer_gating
+
+    unit = MixerGating(256, length, 512).to(device, dtype).requires_grad_(False)
+    weights = (unit.proj.weight, unit.proj.bias), unit.mixer.weights
+
+    def dense(x: Tensor) -> Tensor:
+        tokens = x.unflatten(2, (4, 64)).transpose(1, 2)
+        return F.scaled_dot_product_attention(tokens, tokens, tokens)
+
+    def ours(x: Tensor, backend: str = "auto") -> Tensor:
+        return mixer_gating(x, *weights, backend=backend)
+
+    # The authors' code transposes the tokens before and after, as the reference does.
+    contestants = {OURS: ours, SDPA: dense, "transposed tokens": partial(ours, backend="reference")}
+    return Round((_normal(1, length, 256, device=device, dtype=dtype),), contestants)
+
+
+def injective(length: int, device: str, dtype: torch.dtype) -> Round:
+    """InLine attention, 4 heads of 32 channels."""
+    from manyheads.ops.inline import inline_attention
+
+    contestants = {
+        OURS: inline_attention,
+        SDPA: F.scaled_dot_product_attention,
+        "the equations": partial(inline_attention, backend="reference"),
+    }
+    return Round(_qkv(length, device, dtype, heads=4, head_dim=32), contestants)
+
+
+def agents(length: int, device: str, dtype: torch.dtype) -> Round:
+    """Agent attention, 4 heads of 32 channels, 49 agents with their biases."""
+    from manyheads.ops.agent import agent_attention
+
+    normal = partial(_normal, device=device, dtype=dtype)
+    shapes = ((1, 4, 49, 32), (4, 49, length), (4, length, 49))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, few: Tensor, *biases: Tensor, backend: str = "auto") -> Tensor:
+        return agent_attention(q, k, v, few, agent_bias=biases[0], query_bias=biases[1], backend=backend)
+
+    def dense(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v)
+
+    inputs = (*_qkv(length, device, dtype, heads=4, head_dim=32), *(normal(*shape) for shape in shapes))
+    return Round(inputs, {OURS: attend, SDPA: dense, "the equations": partial(attend, backend="reference")})
+
+
+def reversed_(length: int, device: str, dtype: torch.dtype) -> Round:
+    """DependencyViT's reversed attention, against the whole matrix and the flash kernel's gradient for the values."""
+    from manyheads.ops.reversed import reversed_attention
+
+    def gradient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = torch.zeros_like(v).requires_grad_()
+            out = F.scaled_dot_product_attention(q.detach(), k.detach(), leaf)
+        return torch.autograd.grad(out, leaf, v)[0]
+
+    return Round(
+        _qkv(length, device, dtype, heads=12, head_dim=32),
+        {
+            OURS: reversed_attention,
+            SDPA: F.scaled_dot_product_attention,
+            "the whole matrix": partial(reversed_attention, backend="dense"),
+            "SDPA's gradient": gradient,
+        },
+        {"SDPA's gradient"},
+    )
+
+
 def channel(length: int, device: str, dtype: torch.dtype) -> Round:
     """DaViT's channel-group attention, 3 groups of 32 channels."""
     from manyheads.ops.channel import channel_attention
@@ -314,8 +385,12 @@ CASES = (
     Case("aggregated 3 x 3 and 7 x 7", "merge", aggregated, lengths=(14 * 14, 28 * 28, 56 * 56)),
     Case("mixture of heads, 4 of 8", "dense", mixture_of_heads, lengths=(256, 1024, 4096)),
     Case("spectral filter", "dense", spectral, lengths=(14 * 14, 28 * 28, 56 * 56, 112 * 112)),
+    Case("mixer gate, 512 units", "dense", mixer_gate, lengths=(8 * 8, 16 * 16, 32 * 32, 64 * 64)),
     Case("linear with decay", "linear", linear_decay),
     Case("linear with features", "linear", linear_feature_map),
+    Case("49 agents", "dense", agents),
+    Case("injective linear", "linear", injective),
+    Case("reversed", "dense", reversed_, lengths=(14 * 14, 28 * 28, 56 * 56)),
     Case("channel groups", "linear", channel),
     Case("decode 512 selected tokens", "select", decode_selected, backward=False),
     Case("merge of four", "merge", merging),

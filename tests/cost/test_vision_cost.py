@@ -7,10 +7,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from manyheads.cost import cost
+from manyheads.layers.mixer_gate import MixerGating
+from manyheads.ops.agent import agent_attention
 from manyheads.ops.aggregated import aggregated_attention
 from manyheads.ops.halo import halo_attention
 from manyheads.ops.hilo import hilo_attention, low_head_count
+from manyheads.ops.inline import inline_attention
 from manyheads.ops.multi_axis import block_attention, grid_attention
+from manyheads.ops.reversed import reversed_attention
 
 SIZES = dict(batch=2, heads=4, head_dim=16, element_bytes=4)
 
@@ -58,6 +62,42 @@ def test_a_halo_counts_what_torch_counts() -> None:
     found = cost("halonet", 96, block=4, halo=1, **SIZES)
     assert _counted(lambda: halo_attention(x, x, x, block=4, halo=1)) == found.forward_flops
     assert found.traffic_bytes > cost("maxvit", 96, **SIZES).traffic_bytes / 2
+
+
+def test_a_mixer_gate_counts_what_torch_counts() -> None:
+    unit, x = MixerGating(64, 96, 24, 40).to("meta"), torch.randn(2, 96, 64, device="meta")
+    found = cost("ninformer", 96, tokens_hidden=24, channels_hidden=40, **SIZES)
+    # torch counts products of matrices, not the product with the gate.
+    assert _counted(unit.eval(), x) + x.numel() == found.forward_flops
+    parameters = sum(parameter.numel() for parameter in unit.parameters())
+    assert found.traffic_bytes == 4 * (2 * x.numel() + parameters)
+    assert cost("ninformer", 4096, **SIZES).forward_flops == 4 * cost("ninformer", 1024, **SIZES).forward_flops
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_inline_counts_what_torch_counts(kv_heads: int) -> None:
+    query, key = (torch.randn(2, heads, 96, 16, device="meta") for heads in (4, kv_heads))
+    found = cost("inline_attention", 96, kv_heads=kv_heads, **SIZES)
+    assert _counted(lambda: inline_attention(query, key, key)) == found.forward_flops
+    assert cost("inline_attention", 192, kv_heads=kv_heads, **SIZES).forward_flops == 2 * found.forward_flops
+
+
+def test_agents_count_what_torch_counts() -> None:
+    x, few = (torch.randn(2, 4, tokens, 16, device="meta") for tokens in (96, 9))
+    found = cost("agent_attention", 96, agents=9, **SIZES)
+    assert _counted(lambda: agent_attention(x, x, x, few)) == found.forward_flops
+    assert cost("agent_attention", 192, agents=9, **SIZES).forward_flops == 2 * found.forward_flops
+
+
+def test_reversed_counts_what_torch_counts() -> None:
+    x = torch.randn(2, 4, 40, 16, requires_grad=True)
+    found = cost("dependency_vit", 40, **SIZES)
+    with FlopCounterMode(display=False) as counter:
+        out = reversed_attention(x, x, x, backend="tiles")
+    assert counter.get_total_flops() == found.forward_flops
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == found.backward_flops
 
 
 def test_a_mixture_of_heads_costs_its_share_of_dense_attention() -> None:

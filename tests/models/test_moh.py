@@ -7,7 +7,7 @@ import torch
 
 from manyheads.layers.mixture_of_heads import collect_routing
 from manyheads.models import create_model, load_checkpoint
-from manyheads.models.recipes import recipe_for
+from manyheads.models.recipes import Recipe, recipe_for
 from manyheads.models.training import _Classifier
 from manyheads.models.vision.moh import VARIANTS
 from manyheads.models.vision.transnext import TransNeXt, checkpoint_filter_fn
@@ -82,7 +82,9 @@ def test_a_plain_transnext_is_the_model_with_gates_of_one() -> None:
 
 def test_training_adds_the_balance_loss() -> None:
     model, x, labels = _small(), torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
-    without, with_it = (_Classifier(model, 0.0, None, weight).train() for weight in (0.0, 0.01))
+    without, with_it = (
+        _Classifier(model, Recipe(label_smoothing=0.0, head_balance=weight), None).train() for weight in (0.0, 0.01)
+    )
     model.train()
     with collect_routing(model) as routing:
         model(x)
@@ -94,7 +96,7 @@ def test_training_adds_the_balance_loss() -> None:
 
 def test_recomputing_activations_gives_the_same_gradients() -> None:
     model, x, labels = _small(), torch.randn(2, 3, 40, 33), torch.tensor([0, 1])
-    classifier = _Classifier(model, 0.0, None, 0.5).train()
+    classifier = _Classifier(model, Recipe(label_smoothing=0.0, head_balance=0.5), None).train()
     parameters = list(model.parameters())
     plain = torch.autograd.grad(classifier(x, labels)["loss"], parameters)
     model.set_grad_checkpointing()

@@ -13,11 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from transformers import TrainerCallback
 
 from manyheads.models.evaluation import count_flops, evaluate_vision
 from manyheads.models.image_data import ImageData, load_images
 from manyheads.models.recipes import recipe_for
+from manyheads.models.registry import create_model
+from manyheads.models.training import test_transform as evaluation_transform
 from manyheads.models.training import train_vision
 
 MODEL = {"depths": (1, 1), "embed_dims": (32, 64), "topks": (2, -2), "regions": 2}
@@ -35,7 +38,7 @@ class _CutOff(TrainerCallback):
 
 def _few_digits() -> ImageData:
     data = load_images("digits", image_size=16)
-    data.train.length, data.test.length = 96, 32
+    data.train.length, data.test.length = 96, 40
     return data
 
 
@@ -65,7 +68,7 @@ def test_a_run_that_was_cut_off_goes_on_with_the_same_losses(tmp_path: Path) -> 
         "biformer_tiny", _few_digits(), checkpoint=tmp_path / "cut" / "model.safetensors", model_options=MODEL,
         image_size=16, progress=False,
     )  # fmt: skip
-    assert found.images == 32
+    assert found.images == 40
     assert found.top1 == pytest.approx(resumed.accuracy[-1])
     assert found.flops > 0
 
@@ -162,3 +165,15 @@ def test_two_processes(tmp_path: Path) -> None:
     assert record["settings"]["processes"] == 2
     assert record["steps"] == 2 * (1442 // 128)
     assert (tmp_path / "two" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("name", "left"), [("inline_deit_tiny", 0), ("transnext_micro", 255)])
+def test_evaluation_resizes_as_the_authors_do(name: str, left: int) -> None:
+    with torch.device("meta"):
+        model = create_model(name)
+    # Black on the outer quarters of the longer side: squashed, they stay in the picture; cropped, they do not.
+    wide = Image.new("L", (512, 256), 0)
+    wide.paste(255, (128, 0, 384, 256))
+    pixels = evaluation_transform(model, 224, recipe_for(name))(wide.convert("RGB"))
+    mean, deviation = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    assert (255 * (pixels * deviation + mean)).round()[:, 112, 2].tolist() == [left] * 3

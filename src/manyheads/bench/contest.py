@@ -120,11 +120,15 @@ def contestants(shape: Shape) -> dict[str, tuple[str, Callable[..., Tensor]]]:
     build = {
         "neighborhood_attention": _neighborhood,
         "lightning_attention": _lightning,
+        "agent_attention": _agents,
         "davit": _channel,
+        "dependency_vit": _reversed,
         "biformer": _bilevel_routing,
         "halonet": _halo,
+        "inline_attention": _injective,
         "litv2": _hilo,
         "maxvit": _multi_axis,
+        "ninformer": _mixer_gate,
         "moh": _mixture_of_heads,
         "spectformer": _spectral,
         "transnext": _aggregated,
@@ -171,6 +175,32 @@ def _channel(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
     from manyheads.ops.channel import channel_attention
 
     return f"{shape.heads} groups", channel_attention
+
+
+def _agents(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
+    from manyheads.ops.agent import agent_attention
+
+    rows, columns = shape.grid
+    cells = (min(7, rows), min(7, columns))
+
+    def through(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        maps = q.mT.unflatten(3, (rows, columns)).flatten(0, 1)
+        agents = F.adaptive_avg_pool2d(maps, cells).flatten(2).mT.unflatten(0, q.shape[:2])
+        return agent_attention(q, k, v, agents)
+
+    return f"{cells[0] * cells[1]} agents, pooled from the queries", through
+
+
+def _injective(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
+    from manyheads.ops.inline import inline_attention
+
+    return "mean key and value over all tokens", inline_attention
+
+
+def _reversed(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
+    from manyheads.ops.reversed import reversed_attention
+
+    return "all pairs, children to parents", reversed_attention
 
 
 def _bilevel_routing(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
@@ -278,6 +308,19 @@ def _spectral(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
         return out.flatten(1, 2).unflatten(2, v.shape[1::2]).transpose(1, 2)
 
     return f"filter of {rows} x {columns}", filtered
+
+
+def _mixer_gate(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
+    from manyheads.layers.mixer_gate import MixerGating
+
+    unit = MixerGating(shape.heads * shape.head_dim, shape.length, 512, dropout=0.0).requires_grad_(False)
+
+    def gated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # As with filters, the values stand for the one tensor that is mixed.
+        x = v.transpose(1, 2).flatten(2)
+        return unit.to(x.device, x.dtype)(x).unflatten(2, v.shape[1::2]).transpose(1, 2)
+
+    return "gate of 512 and 512 units", gated
 
 
 def _duo(shape: Shape) -> tuple[str, Callable[..., Tensor]]:

@@ -1,4 +1,4 @@
-"""``manyheads inspect``: what do the heads of my model do?"""
+"""``manyheads inspect``: what do the heads of my language model do, which parts does my DependencyViT see?"""
 
 from __future__ import annotations
 
@@ -11,15 +11,21 @@ from manyheads.cli.output import Device, Dtype, Json, print_json, print_table, r
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="smollm2, a directory, or a Hugging Face hub id.")] = "smollm2",
+    model: Annotated[
+        str, typer.Argument(help="smollm2, a directory, a Hugging Face hub id; or a vision model: dependency_vit_tiny.")
+    ] = "smollm2",
     lengths: Annotated[str, typer.Option(help="Context lengths in tokens.")] = "400,800",
     depths: Annotated[str, typer.Option(help="Depths of the needle in percent.")] = "10,50,90",
     mask: Annotated[str, typer.Option(help="Also answer with so many of the best heads masked, e.g. 5,10.")] = "",
-    top: Annotated[int, typer.Option(min=1, help="Heads to list.")] = 10,
+    top: Annotated[int, typer.Option(min=1, help="Heads (or parts) to list.")] = 10,
     batch: Annotated[int, typer.Option(min=1, help="Tests that run together.")] = 1,
     output: Annotated[
         Path | None, typer.Option(help="Folder for the results; a run that was interrupted continues from it.")
     ] = None,
+    image: Annotated[str, typer.Option(help="Vision: an image file, or a photo: china, flower.")] = "china",
+    image_size: Annotated[int, typer.Option(min=1, help="Vision: side in pixels.")] = 224,
+    checkpoint: Annotated[str | None, typer.Option(help="Vision: weights, a file or hub id; none are random.")] = None,
+    option: Annotated[list[str] | None, typer.Option("--option", help="Vision: an option, NAME=VALUE.")] = None,
     device: Device = "auto",
     dtype: Dtype = "float32",
     json: Json = False,
@@ -28,7 +34,15 @@ def inspect(
 
     The folder given by --output gets retrieval_heads.json (everything), scores.json (the format of the paper's authors)
     and heads.html (the map of all heads).
+
+    For a DependencyViT: the dependency tree of an image instead, tree.json and tree.html (drawn on the image).
     """
+    if model.removeprefix("manyheads_").startswith("dependency_vit"):
+        from manyheads.cli.train import model_options
+
+        options = model_options(option, None, None)
+        _tree(model, image, image_size, checkpoint, options, resolve_device(device), top, output, json)
+        return
     asked, deep = _numbers("--lengths", lengths), _numbers("--depths", depths)
     counts = _numbers("--mask", mask) if mask else []
     place, kind = resolve_device(device), resolve_dtype(dtype)
@@ -70,6 +84,47 @@ def inspect(
             for count, (best_, others) in masked.items()
         ]
         print_table("Recall with heads masked", ["heads", "the best", "others, three draws"], rows)
+
+
+def _tree(model, image, size, checkpoint, options, device, top, output, json) -> None:
+    from manyheads.interpret.dependency_trees import dependency_trees
+    from manyheads.models import create_model
+    from manyheads.models.recipes import recipe_for
+    from manyheads.models.training import test_transform
+
+    picture = _picture(image)
+    network = create_model(model, checkpoint=checkpoint, **{**options, "num_classes": 0}).eval()
+    prepare = test_transform(network, size, recipe_for(model))
+    pixels = prepare(picture)
+    tree = dependency_trees(network.to(device), pixels[None].to(device)).trees[0]  # pyright: ignore[reportArgumentType]
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        tree.save(output / "tree.json")
+        # Behind the tree stands what the model saw: the resized and cropped image, brought back to [0, 1].
+        low, high = pixels.amin((1, 2), keepdim=True), pixels.amax((1, 2), keepdim=True)
+        tree.plot((pixels - low) / (high - low).clamp(min=1e-6), top).write_html(output / "tree.html")
+    if json:
+        print_json({"model": model, "image": image, "trained": checkpoint is not None, **vars(tree)})
+        return
+    from rich.console import Console
+
+    Console().print(tree.table(top))
+    if checkpoint is None:
+        typer.echo("The weights are random: give trained ones with --checkpoint.")
+
+
+def _picture(image: str):
+    from PIL import Image, UnidentifiedImageError
+
+    from manyheads.data.images import photos
+
+    found = photos()
+    if image in found:
+        return Image.fromarray(found[image].permute(1, 2, 0).numpy())
+    try:
+        return Image.open(image).convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise ValueError(f"--image {image!r} is no image file ({error}) and none of {', '.join(found)}") from None
 
 
 def _numbers(option: str, text: str) -> list[int]:

@@ -54,6 +54,9 @@ def train(
     length: Annotated[int, typer.Option(min=2, help="Language: tokens of a sequence.")] = 512,
     steps: Annotated[int | None, typer.Option(min=1, help="Language: optimiser steps; default: by epochs.")] = None,
     timeout: Annotated[float, typer.Option(help="Language: seconds to wait for a silent process.")] = 300.0,
+    diversification: Annotated[
+        float | None, typer.Option(help="Weight of the attention diversification loss; default: the recipe's.")
+    ] = None,
     attention_types: AttentionTypes = None,
     attention: Attention = None,
     option: ModelOption = None,
@@ -69,7 +72,7 @@ def train(
     if _is_language(model):
         _refuse(
             "language", image_size=image_size, checkpoint=checkpoint, attention_types=attention_types,
-            attention=attention, option=option,
+            attention=attention, option=option, diversification=diversification,
         )  # fmt: skip
         from manyheads.parallel.training import train_language
 
@@ -94,7 +97,8 @@ def train(
     result = train_vision(
         model, data, output=output or f"runs/{model}", epochs=epochs, batch_size=batch_size or 64, lr=lr, seed=seed,
         resume=resume, device=device, dtype=dtype, image_size=image_size, save_steps=save_steps, workers=workers,
-        checkpoint=checkpoint, model_options=model_options(option, attention_types, attention), progress=not json,
+        checkpoint=checkpoint, diversification=diversification,
+        model_options=model_options(option, attention_types, attention), progress=not json,
     )  # fmt: skip
     if not result.is_main_process:
         return

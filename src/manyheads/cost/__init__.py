@@ -7,7 +7,18 @@ import inspect
 from typing import Any
 
 from manyheads.cost.formulas import Cost, Shape, bilevel_routing, channel, dense, duo, lightning, neighborhood
-from manyheads.cost.vision import aggregated, halo, hilo, mixture_of_heads, multi_axis, spectral
+from manyheads.cost.vision import (
+    aggregated,
+    halo,
+    hilo,
+    injective,
+    mixer_gate,
+    mixture_of_heads,
+    multi_axis,
+    reversed_,
+    spectral,
+    through_agents,
+)
 
 __all__ = ["FORMULAS", "Cost", "cost"]
 
@@ -17,10 +28,14 @@ FORMULAS = {
     "lightning_attention": lightning,
     "lightning_attention_2": lightning,
     "davit": channel,
+    "dependency_vit": reversed_,
     "biformer": bilevel_routing,
+    "agent_attention": through_agents,
     "halonet": halo,
+    "inline_attention": injective,
     "litv2": hilo,
     "maxvit": multi_axis,
+    "ninformer": mixer_gate,
     "moh": mixture_of_heads,
     "spectformer": spectral,
     "transnext": aggregated,
@@ -52,6 +67,7 @@ def cost(
         settings: the system's own sizes: ``window`` (neighborhood_attention, keys for every query), ``block``
             (lightning), ``regions`` and ``topk`` (biformer), ``window`` (tokens of a side) and ``alpha`` (litv2),
             ``window`` (likewise) and ``pooled`` (transnext), ``partition`` (maxvit), ``block`` and ``halo`` (halonet),
+            ``tokens_hidden`` and ``channels_hidden`` (ninformer, units of the gate's two feed-forwards),
             ``shared`` and ``active`` heads (moh), ``retrieval``, ``sinks``, ``recent`` and ``chunk``
             (duo_attention), ``causal`` (dense).
 

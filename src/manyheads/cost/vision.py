@@ -113,3 +113,73 @@ def spectral(shape: Shape) -> Cost:
         state_bytes=None,
         decode_flops=None,
     )
+
+
+def mixer_gate(shape: Shape, *, tokens_hidden: int = 512, channels_hidden: int = 512) -> Cost:
+    """NiNformer: the gating unit with its projection and its inner mixer; the heads are channels.
+
+    Unlike the others' figures this includes weight matrices, which here are the whole operator.
+    """
+    channels, tokens = shape.heads * shape.head_dim, shape.batch * shape.length
+    operations = float(tokens * channels * (2 * channels + 4 * tokens_hidden + 4 * channels_hidden + 1))
+    weights = channels**2 + 2 * shape.length * tokens_hidden + 2 * channels * channels_hidden
+    biases = 6 * channels + tokens_hidden + shape.length + channels_hidden
+    return Cost(
+        settings=f"{channels} channels, {tokens_hidden} units over tokens, {channels_hidden} over channels",
+        formula="forward 2 N C^2 (projection), 4 N T C (over tokens), 4 N C F (over channels) and N C (gate) for C = H "
+        "D channels, T and F units; backward twice that",
+        causal=False,
+        forward_flops=operations,
+        backward_flops=2.0 * operations,
+        traffic_bytes=float((2 * tokens * channels + weights + biases) * shape.element_bytes),
+        state_bytes=None,
+        decode_flops=None,
+    )
+
+
+def injective(shape: Shape) -> Cost:
+    """InLine attention: one D x D matrix a head of keys and values, read by every query."""
+    operations = 2.0 * shape.batch * (shape.heads + shape.kv_heads) * shape.length * shape.head_dim**2
+    return Cost(
+        settings="mean key and value over all tokens",
+        formula="forward 2 N D^2 a query head and as much a key/value head; backward twice that (the small D x D "
+        "matrices are kept)",
+        causal=False,
+        forward_flops=operations,
+        backward_flops=2.0 * operations,
+        traffic_bytes=shape.operand_bytes,
+        state_bytes=None,
+        decode_flops=None,
+    )
+
+
+def reversed_(shape: Shape) -> Cost:
+    """DependencyViT: every token sends to all others; the shares are computed twice for the backward."""
+    operations = 4.0 * shape.rows * shape.head_dim * shape.length
+    return Cost(
+        settings="all pairs, children to parents",
+        formula="forward 4 N^2 D a head; backward 2.5 times that",
+        causal=False,
+        forward_flops=operations,
+        backward_flops=2.5 * operations,
+        traffic_bytes=shape.operand_bytes,
+        state_bytes=None,
+        decode_flops=None,
+    )
+
+
+def through_agents(shape: Shape, *, agents: int = 49) -> Cost:
+    """Agent attention: ``agents`` tokens read all keys, and all queries read the agents."""
+    operations = 2 * 4.0 * shape.rows * shape.head_dim * agents
+    few = float(shape.batch * shape.heads * agents * shape.head_dim)
+    return Cost(
+        settings=f"{agents} agents",
+        formula="forward 4 N m D a head, twice (agents over keys, queries over agents); backward 2.5 times that",
+        causal=False,
+        forward_flops=operations,
+        backward_flops=2.5 * operations,
+        # The agents are read twice, and what they gathered is written and read.
+        traffic_bytes=shape.operand_bytes + 4 * few * shape.element_bytes,
+        state_bytes=None,
+        decode_flops=None,
+    )

@@ -14,9 +14,9 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from manyheads.engines.common import accumulation_dtype
+from manyheads.engines.common import accumulation_dtype, check_choice
 from manyheads.layers.cross_shaped import stripe_map
-from manyheads.ops.inline import inline_attention
+from manyheads.ops.inline import KERNELS, inline_attention
 
 KERNEL = 3
 
@@ -37,8 +37,8 @@ class InLineAttention(nn.Module):
     Shape: (batch, tokens, dim) of a map (H, W), one more token with ``class_token``; returned as it came.
 
     Raises:
-        ValueError: ``dim`` is no multiple of ``heads``; in ``forward``, another width, or tokens that do not fill the
-            map.
+        ValueError: ``dim`` is no multiple of ``heads``, an unknown kernel; in ``forward``, another width, or tokens
+            that do not fill the map.
 
     Source: "Bridging the Divide", arXiv 2412.06590, section 4.
 
@@ -62,6 +62,7 @@ class InLineAttention(nn.Module):
         super().__init__()
         if heads < 1 or dim % heads:
             raise ValueError(f"dim={dim} is not a multiple of heads={heads}")
+        check_choice("kernel", kernel, KERNELS)
         self.dim, self.heads, self.class_token, self.fused, self.kernel = dim, heads, class_token, fused, kernel
         if fused:
             self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
@@ -102,7 +103,7 @@ class InLineStripeAttention(nn.Module):
     block's input before its norm; to (batch, tokens, dim).
 
     Raises:
-        ValueError: ``dim`` is no multiple of ``heads``.
+        ValueError: ``dim`` is no multiple of ``heads``, an unknown kernel.
 
     Source: "Bridging the Divide", arXiv 2412.06590 (InLine-CSwin).
 
@@ -115,6 +116,7 @@ class InLineStripeAttention(nn.Module):
         super().__init__()
         if heads < 1 or dim % heads:
             raise ValueError(f"dim={dim} is not a multiple of heads={heads}")
+        check_choice("kernel", kernel, KERNELS)
         self.heads, self.kernel = heads, kernel
         self.get_v = nn.Conv2d(dim, dim, KERNEL, padding=1, groups=dim)
         self.residual = kernel_maker(dim, heads) if local_residual else None

@@ -26,8 +26,11 @@ class Recipe:
         random_erasing: probability.
         color_jitter: strength; used where there is no ``auto_augment``.
         crop_scale: smallest share of the image's area that a random crop keeps.
+        crop_padding: pixels around the image within which a crop of its full size is shifted; such a crop and the
+            mirror take the place of all other augmentations of single images. 0 has none.
         hflip: probability of a mirror image.
         crop_pct: share of the image's side that evaluation keeps (224 of 256 pixels is 0.875).
+        diversification: weight of the attention diversification loss, see ``manyheads.objectives.diversification``.
         head_balance: weight of the load-balancing loss, in models whose tokens choose their heads.
     """
 
@@ -47,8 +50,10 @@ class Recipe:
     random_erasing: float = 0.25
     color_jitter: float = 0.4
     crop_scale: float = 0.08
+    crop_padding: int = 0
     hflip: float = 0.5
     crop_pct: float = 0.875
+    diversification: float = 0.0
     head_balance: float = 0.01
 
 
@@ -106,7 +111,35 @@ _SPECTFORMER = Recipe(epochs=330, clip_grad=1.0, random_erasing=0.0, drop_path=0
 _SPECTFORMER_PYRAMID = Recipe(epochs=310, drop_path=0.1, crop_pct=0.9)
 # arXiv 2103.12731 trained for 350 epochs by SGD, of which AdamW stands in here; its averaged weights are left out.
 _HALONET = Recipe(epochs=350, cutmix=0.0, mixup=0.0, random_erasing=0.0, crop_pct=0.95)
+# arXiv 2403.02411: Adam at one rate, batches of 128. Its program shifts and mirrors the test images too; ours does not.
+_NINFORMER = Recipe(
+    linear_scaling=False, epochs=100, warmup_epochs=0, warmup_lr=1e-3, min_lr=1e-3, weight_decay=0.0, drop_path=0.0,
+    label_smoothing=0.0, auto_augment="", mixup=0.0, cutmix=0.0, random_erasing=0.0, color_jitter=0.0, crop_padding=4,
+    crop_pct=1.0,
+)  # fmt: skip
+# arXiv 2304.03282 trains as DeiT does (its repeated augmentation is left out).
+_DEPENDENCY = Recipe(crop_pct=0.9)
+# arXiv 2303.11126. FAN: batches of 4,096, its averaged weights left out. RVT: without the augmentation of single
+# patches and the second backward pass that belongs to it.
+_FAN_TAP = Recipe(
+    warmup_epochs=10, warmup_lr=2.5e-7, min_lr=2.5e-7, drop_path=0.35, auto_augment="rand-m9-mstd0.5-inc1",
+    random_erasing=0.3, crop_pct=1.0, diversification=1.0,
+)  # fmt: skip
+_RVT_TAP = Recipe(diversification=1.0)
+# arXiv 2309.12424 names epochs and optimiser only: the rest is LightViT's (arXiv 2207.05557).
+_DUALTOKEN = Recipe(
+    warmup_epochs=20, warmup_lr=1e-7, min_lr=1e-6, weight_decay=0.04, mixup=0.2, color_jitter=0.3, crop_pct=0.9
+)
+# arXiv 2306.11248: averaged weights are left out; its loss is the model's own (``DynPerceiver.training_loss``).
+_DYN_PERCEIVER = Recipe(warmup_epochs=20, min_lr=1e-6, drop_path=0.0)
+_DYN_PERCEIVER_RESNET = dataclasses.replace(_DYN_PERCEIVER, lr=6e-4, drop_path=0.2)
 RECIPES = {
+    **{f"dyn_perceiver_regnet_y_{size}": _DYN_PERCEIVER for size in ("400mf", "800mf", "1_6gf", "3_2gf")},
+    **{
+        f"dyn_perceiver_mobilenet_v3_{width}": dataclasses.replace(_DYN_PERCEIVER, epochs=600)
+        for width in ("0x5", "0x75", "1x0", "1x25", "1x5")
+    },
+    **{f"dyn_perceiver_resnet50_{width}": _DYN_PERCEIVER_RESNET for width in ("0x375", "0x5", "0x625", "0x75", "1x0")},
     **dict.fromkeys(
         ("halonet26t", "halonet50ts", "sehalonet33ts", "eca_halonext26ts", "haloregnetz_b"),
         dataclasses.replace(_HALONET, crop_pct=0.94),
@@ -174,13 +207,18 @@ def recipe_for(model: str, *, small_images: bool = False) -> Recipe:
         "agent": _HOST,
         "inline": _HOST,
         "shvit": _SHVIT,
+        "fan": _FAN_TAP,
+        "rvt": _RVT_TAP,
         "halonet": _HALONET,
+        "ninformer": _NINFORMER,
+        "dependency": _DEPENDENCY,
+        "dualtoken": _DUALTOKEN,
     }
     recipe = RECIPES.get(name, families.get(name.split("_")[0], Recipe()))
     if not small_images:
         return recipe
     return dataclasses.replace(
         recipe, epochs=20, warmup_epochs=1, lr=8e-3, linear_scaling=True, min_lr=1e-4, warmup_lr=1e-4, drop_path=0.0,
-        hflip=0.0, crop_scale=0.7, auto_augment="rand-m3-n1-mstd0.5-inc1", mixup=0.1, cutmix=0.0, random_erasing=0.0,
-        crop_pct=1.0,
+        hflip=0.0, crop_scale=0.7, crop_padding=0, auto_augment="rand-m3-n1-mstd0.5-inc1", mixup=0.1, cutmix=0.0,
+        random_erasing=0.0, crop_pct=1.0,
     )  # fmt: skip

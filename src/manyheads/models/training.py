@@ -12,6 +12,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -19,9 +20,10 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.data import Mixup, create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_transform
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from torch import Tensor, nn
+from torchvision import transforms
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from manyheads.layers.mixture_of_heads import collect_routing
@@ -29,6 +31,8 @@ from manyheads.models.checkpoints import save_checkpoint
 from manyheads.models.image_data import ImageData, LabelledImages, load_images
 from manyheads.models.recipes import Recipe, recipe_for
 from manyheads.models.registry import check_classifies, create_model
+from manyheads.models.vision.token_robustness import attention_maps
+from manyheads.objectives.diversification import attention_diversification_loss
 
 WEIGHTS, HISTORY = "model.safetensors", "training.json"
 
@@ -79,6 +83,7 @@ def train_vision(
     save_steps: int | None = None,
     workers: int = 0,
     checkpoint: str | Path | None = None,
+    diversification: float | None = None,
     model_options: dict[str, Any] | None = None,
     progress: bool = True,
     callbacks: Sequence[TrainerCallback] = (),
@@ -102,13 +107,15 @@ def train_vision(
         save_steps: steps between checkpoints; None saves one an epoch.
         workers: processes that load images; how many does not change the run.
         checkpoint: weights to start from.
+        diversification: weight of the attention diversification loss (ADL); None takes the recipe's, 0 has none.
         model_options: of ``create_model``.
         progress: show progress bars.
         callbacks: transformers' callbacks to run along.
 
     Raises:
         ValueError: unknown names, a model that classifies nothing, an odd batch, more images a step than there are, no
-            training part, an output directory that holds another run.
+            training part, an output directory that holds another run, a negative weight of the ADL or a model that
+            cannot show its attention.
 
     Source: "DaViT: Dual Attention Vision Transformers", arXiv 2204.03645; "BiFormer", arXiv 2303.08810.
     """
@@ -122,6 +129,10 @@ def train_vision(
     if batch_size < 2 or batch_size % 2 or batch_size * world > len(train):
         raise ValueError(f"batch_size={batch_size} must be even, and {world} of them at most {len(train)} images")
     recipe = recipe or recipe_for(model, small_images=images.image_size is not None)
+    if diversification is not None:
+        recipe = dataclasses.replace(recipe, diversification=diversification)
+    if recipe.diversification < 0:
+        raise ValueError(f"diversification={recipe.diversification} must not be negative")
     epochs = recipe.epochs if epochs is None else epochs
     if epochs < 1:
         raise ValueError(f"epochs={epochs} must be at least 1")
@@ -190,8 +201,8 @@ def train_vision(
     mix = None
     if recipe.mixup or recipe.cutmix:
         mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=images.classes)
-    trainer = Trainer(
-        model=_Classifier(network, recipe.label_smoothing, mix, recipe.head_balance),
+    trainer = _Trainer(
+        model=_Classifier(network, recipe, mix),
         args=arguments,
         data_collator=_collate,
         train_dataset=train,
@@ -240,8 +251,23 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.op
 
 
 def train_transform(model: nn.Module, size: int, recipe: Recipe) -> Callable:
-    """timm's random crop, flip, RandAugment and erasing, with the model's mean and deviation."""
+    """timm's random crop, flip, RandAugment and erasing, with the model's mean and deviation.
+
+    A recipe with ``crop_padding`` has a shifted crop and a flip instead, which timm does not offer.
+    """
     config = getattr(model, "pretrained_cfg", {})
+    if recipe.crop_padding:
+        return transforms.Compose(
+            [
+                transforms.Resize((size, size), transforms.InterpolationMode.BICUBIC),
+                transforms.RandomCrop(size, recipe.crop_padding),
+                transforms.RandomHorizontalFlip(recipe.hflip),
+                transforms.ToTensor(),
+                transforms.Normalize(
+                    config.get("mean", IMAGENET_DEFAULT_MEAN), config.get("std", IMAGENET_DEFAULT_STD)
+                ),
+            ]
+        )
     return create_transform(  # pyright: ignore[reportReturnType]
         (3, size, size),
         is_training=True,
@@ -257,40 +283,60 @@ def train_transform(model: nn.Module, size: int, recipe: Recipe) -> Callable:
 
 
 def test_transform(model: nn.Module, size: int, recipe: Recipe) -> Callable:
-    """timm's resizing and central crop, with the model's mean and deviation."""
+    """timm's resizing (of the shorter side or of both, as the authors do) and central crop, mean and deviation."""
     config = getattr(model, "pretrained_cfg", {})
     return create_transform(  # pyright: ignore[reportReturnType]
-        (3, size, size), interpolation="bicubic", crop_pct=recipe.crop_pct, **_statistics(config)
-    )
+        (3, size, size), interpolation="bicubic", crop_pct=recipe.crop_pct,
+        crop_mode=config.get("crop_mode") or "center", **_statistics(config),
+    )  # fmt: skip
 
 
 class _Classifier(nn.Module):
     """A vision model that speaks the trainer's language; while it trains, it mixes images and targets."""
 
-    def __init__(
-        self, network: nn.Module, label_smoothing: float, mix: Mixup | None, head_balance: float = 0.0
-    ) -> None:
+    def __init__(self, network: nn.Module, recipe: Recipe, mix: Mixup | None) -> None:
         super().__init__()
-        self.network, self.label_smoothing, self.mix = network, label_smoothing, mix
-        self.head_balance = head_balance
+        self.network, self.recipe, self.mix = network, recipe, mix
 
     def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        targets, smoothing = labels, self.label_smoothing if self.training else 0.0
+        targets, smoothing = labels, self.recipe.label_smoothing if self.training else 0.0
         if self.training and self.mix is not None:
             # On a copy, because timm mixes in place; its targets are smooth already.
             pixel_values, targets = self.mix(pixel_values.clone(), labels)
             smoothing = 0.0
-        with collect_routing(self.network) as routing:
+        if self.training and hasattr(self.network, "training_loss"):
+            # Several outputs, and a loss of the model's own.
+            outputs = self.network(pixel_values)
+            loss = cast(Any, self.network).training_loss(outputs, targets, label_smoothing=smoothing)
+            return {"loss": loss, "logits": outputs[-1]}
+        diverse = self.training and self.recipe.diversification > 0
+        with (
+            attention_maps(self.network) if diverse else nullcontext([]) as maps,
+            collect_routing(self.network) as routing,
+        ):
             logits = self.network(pixel_values)
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+        if diverse:
+            loss = loss + self.recipe.diversification * attention_diversification_loss(maps)
         if self.training and routing:
-            loss = loss + self.head_balance * routing.balance_loss()
+            loss = loss + self.recipe.head_balance * routing.balance_loss()
         return {"loss": loss, "logits": logits}
 
 
 def _collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     pixels = torch.stack([row["pixel_values"] for row in rows])
     return {"pixel_values": pixels, "labels": torch.tensor([row["labels"] for row in rows])}
+
+
+class _Trainer(Trainer):
+    """The trainer, judging by every test image: only training leaves an incomplete last batch out."""
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        self.args.dataloader_drop_last = False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = True
 
 
 class _Record(TrainerCallback):

@@ -2,5 +2,13 @@
 
 from manyheads.objectives.diffusion import diffusion_loss
 from manyheads.objectives.distillation import gate_regulariser, hidden_distillation
+from manyheads.objectives.diversification import attention_diversification_loss
+from manyheads.objectives.self_distillation import self_distillation_loss
 
-__all__ = ["diffusion_loss", "gate_regulariser", "hidden_distillation"]
+__all__ = [
+    "attention_diversification_loss",
+    "diffusion_loss",
+    "gate_regulariser",
+    "hidden_distillation",
+    "self_distillation_loss",
+]

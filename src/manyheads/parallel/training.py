@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,9 @@ def train_language(
         raise ValueError(f"{output} holds checkpoints of another run; choose another directory, or resume")
     if last is not None:
         _check_same_run(output, settings)
+    if use_cpu and world > 1 and not dist.is_initialized():
+        # TrainingArguments would leave gloo its own limit of half an hour: it passes ddp_timeout on for GPUs only.
+        dist.init_process_group("gloo", timeout=timedelta(seconds=max(1.0, float(timeout))))
     arguments = TrainingArguments(
         output_dir=str(output),
         max_steps=total,

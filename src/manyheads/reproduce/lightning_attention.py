@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
-import time
 from collections.abc import Callable
 from typing import cast
 
@@ -14,6 +12,7 @@ from torch import Tensor
 from manyheads.ops.lightning import lightning_attention, lightning_slopes
 from manyheads.reproduce.byte_lm import ByteLM, train_byte_lm
 from manyheads.reproduce.claims import Claim, Finding, Verdict
+from manyheads.reproduce.clock import thread_seconds
 
 _FULL = "manyheads compare --pattern causal-self --length {} --device cuda --dtype bfloat16"
 
@@ -24,25 +23,10 @@ def judge(confirmed: bool) -> Verdict:
 
 
 def tokens_per_second(run: Callable[[Tensor], object], length: int, seed: int, repeats: int = 5) -> float:
-    """From the fastest run on (1, 4, length, 32) inputs, in CPU time of one thread.
-
-    The runs go on for half a second at least: a few runs of two milliseconds would measure the machine's mood.
-    """
+    """From the fastest run on (1, 4, length, 32) inputs, in CPU time of one thread."""
     torch.manual_seed(seed)
     x = torch.randn(1, 4, length, 32)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        run(x)
-        best, spent, runs = math.inf, 0.0, 0
-        while runs < repeats or spent < 0.5:
-            start = time.thread_time()
-            run(x)
-            took = time.thread_time() - start
-            best, spent, runs = min(best, took), spent + took, runs + 1
-    finally:
-        torch.set_num_threads(threads)
-    return length / best
+    return length / thread_seconds(lambda: run(x), repeats=repeats)
 
 
 def _forward(backend: str) -> Callable[[Tensor], object]:

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from math import log
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers import Attention, Mlp
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from manyheads.adapt.mixture_of_heads import MixtureOfHeads
 from manyheads.data.images import digits
@@ -21,7 +22,7 @@ from manyheads.interpret.attach import attention_layers, geometry, head_outputs
 from manyheads.layers.mixture_of_heads import MixtureOfHeadsAttention, collect_routing
 from manyheads.models import create_model
 from manyheads.reproduce.claims import Claim, Finding, Verdict
-from manyheads.reproduce.digits import accuracy_on_digits
+from manyheads.reproduce.digits import accuracy, train_on_digits
 
 WIDTH, HEADS, BLOCKS, SEEDS = 64, 8, 4, 3
 TRAINING: dict[str, Any] = {"size": 8, "epochs": 10, "batch": 128, "learning_rate": 4e-3}
@@ -134,13 +135,14 @@ def _mixer(choice: tuple[int, int] | None) -> nn.Module:
 
 def _train(choice: tuple[int, int] | None, seed: int, *, head_balance: float = 0.01) -> tuple[float, _ViT]:
     """(test accuracy, trained model)"""
-    made: list[_ViT] = []
 
-    def build() -> _ViT:
-        made.append(_ViT(choice))
-        return made[0]
+    def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        with collect_routing(model) as routing:
+            found = cross_entropy(model(images), labels)
+        return found + head_balance * routing.balance_loss()
 
-    return accuracy_on_digits(build, seed, head_balance=head_balance, **TRAINING), made[0]
+    model, images, labels = train_on_digits(lambda: _ViT(choice), seed, loss=loss, **TRAINING)
+    return accuracy(model, images, labels), cast(_ViT, model)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ methods about the head.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -121,6 +122,6 @@ class Backbone(nn.Module):
         return getattr(self, self.stages_name)
 
 
-def _both(result: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """(map to keep, next stage's input)"""
+def _both(result: Tensor | tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+    """(map to keep, next stage's input, which may be more than a map)"""
     return result if isinstance(result, tuple) else (result, result)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from itertools import count
+from math import isqrt
 from typing import Any
 
 import torch
@@ -98,11 +99,15 @@ class Host(nn.Module):
             old, new = pair(self.options["img_size"]), pair(img_size)
             sized["window_size"] = max(1, self.options["window_size"] * max(new) // max(old))
         fresh = type(self)(**{**self.options, **sized}).to(like.device, like.dtype)
-        fresh.load_state_dict(resize_state(self.state_dict(), fresh))
+        fresh.load_state_dict(resize_state(self.state_dict(), fresh, self.position_grids()))
         fresh.train(self.training)
         kept = {name: self.__dict__[name] for name in ("grad_checkpointing", "pretrained_cfg", "default_cfg")
                 if name in self.__dict__}  # fmt: skip
         self.__dict__.update({**fresh.__dict__, **kept})
+
+    def position_grids(self) -> dict[str, Grid]:
+        """The map of every learned position embedding, by its name; hosts without any have none."""
+        return {}
 
     def no_weight_decay(self) -> set[str]:
         """Position embeddings of DeiT and tables of relative positions are not decayed."""
@@ -255,26 +260,32 @@ def checkpoint_filter_fn(state: State, model: nn.Module) -> State:
     return resize_state(state, model)
 
 
-def resize_state(state: State, model: nn.Module) -> State:
+def resize_state(state: State, model: nn.Module, grids: dict[str, Grid] | None = None) -> State:
     """Tensors that belong to another image size, resized to the model's; other differences are left as they are.
 
     Agent biases of rows and columns are resized linearly, position embeddings (their grid, not a class token's),
-    relative position tables and patch kernels bicubically. A classifier of another width starts at zero.
+    relative position tables and patch kernels bicubically. A classifier of another width starts at zero. ``grids``
+    names the maps that position embeddings of ``state`` belong to; without it, those of another length are of squares.
     """
-    wanted = model.state_dict()
+    wanted, targets = model.state_dict(), model.position_grids() if isinstance(model, Host) else {}
+    grids = grids or {}
     resized: State = {}
     for name, value in state.items():
         target = wanted.get(name)
-        if target is None or target.shape == value.shape or target.ndim != value.ndim:
+        # Maps of 4 x 8 and of 8 x 4 places have position embeddings of one shape.
+        same_map = grids.get(name) == targets.get(name) or name not in grids
+        if target is None or (target.shape == value.shape and same_map) or target.ndim != value.ndim:
             resized[name] = value
         elif re.search(r"(ah|aw|ha|wa)_bias$", name) and target.shape[1] == value.shape[1]:
             resized[name] = _resize_lines(value, tuple(target.shape))
         elif name.endswith("relative_position_bias_table") and target.shape[1] == value.shape[1]:
-            resized[name] = _resize_squares(value[None], target.shape[0])[0]
-        elif re.search(r"pos_embed\d*$", name) and target.shape[-1] == value.shape[-1]:
+            old, new = (isqrt(table.shape[0]) for table in (value, target))
+            resized[name] = _resize_map(value[None], (old, old), (new, new))[0]
+        elif name in targets and target.shape[-1] == value.shape[-1]:
             extra = int(bool(getattr(model, "class_token", False)))
-            grid = _resize_squares(value[:, extra:], target.shape[1] - extra, getattr(model, "patch_grid", None))
-            resized[name] = torch.cat([value[:, :extra], grid], dim=1)
+            side = isqrt(value.shape[1] - extra)
+            places = _resize_map(value[:, extra:], grids.get(name, (side, side)), targets[name])
+            resized[name] = torch.cat([value[:, :extra], places], dim=1)
         elif re.search(r"patch_embed\d*\.proj\.weight$", name) and target.shape[:2] == value.shape[:2]:
             size = tuple(target.shape[2:])
             resized[name] = F.interpolate(value.float(), size, mode="bicubic", align_corners=False).to(value.dtype)
@@ -293,14 +304,12 @@ def _resize_lines(value: Tensor, shape: tuple[int, ...]) -> Tensor:
     return flat.view(*moved.shape[:-1], shape[axis]).movedim(-1, axis).to(value.dtype)
 
 
-def _resize_squares(value: Tensor, places: int, grid: Grid | None = None) -> Tensor:
-    """(1, places, channels) of a square map, bicubically to another map."""
-    old, new = round(value.shape[1] ** 0.5), round(places**0.5)
-    size = grid if grid is not None and grid[0] * grid[1] == places else (new, new)
-    if old * old != value.shape[1] or size[0] * size[1] != places:
+def _resize_map(value: Tensor, old: Grid, new: Grid) -> Tensor:
+    """(1, places, channels) bicubically from one map to another; as it is where its places are not the old map's."""
+    if old[0] * old[1] != value.shape[1]:
         return value
-    maps = F.interpolate(value.unflatten(1, (old, old)).permute(0, 3, 1, 2).float(), size, mode="bicubic",
-                         align_corners=False)  # fmt: skip
+    maps = value.unflatten(1, old).permute(0, 3, 1, 2).float()
+    maps = F.interpolate(maps, new, mode="bicubic", align_corners=False)
     return maps.flatten(2).transpose(1, 2).to(value.dtype)
 
 

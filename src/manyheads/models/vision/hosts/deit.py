@@ -137,6 +137,10 @@ class HostDeiT(Host):
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.finish(in_chans, num_classes, (embed_dim,), options)
 
+    def position_grids(self) -> dict[str, Grid]:
+        """The map of the position embedding (behind the class token's)."""
+        return {"pos_embed": self.patch_grid}
+
     def stages(self, image: Tensor, last: int | None = None) -> list[tuple[Tensor, Grid]]:
         """Every block is a stage: its tokens, the class token first, and the sizes of the map."""
         if tuple(image.shape[2:]) != self.image:

@@ -156,6 +156,10 @@ class HostPVT(Host):
         """None: in PVT, position embeddings decay."""
         return set()
 
+    def position_grids(self) -> dict[str, Grid]:
+        """The map of every stage's position embedding."""
+        return {f"pos_embed{s}": grid for s, grid in enumerate(self.grids, 1)}
+
     def stages(self, image: Tensor, last: int | None = None) -> list[tuple[Tensor, Grid]]:
         """Tokens and map sizes of every stage up to ``last``."""
         x, found = image, []

@@ -1,0 +1,111 @@
+"""TAP and the attention maps that ADL needs, on any token backbone.
+
+A block ``x + attn(norm1(x))`` gets token-aware pooling by a ``PooledNorm`` in place of ``norm1``; nothing else of the
+model changes. Attention modules that follow timm's custom (``attn_drop`` on the weights, ``fused_attn`` to choose
+torch's kernel) show their weights while ``attention_maps`` is open.
+
+Source: "Robustifying Token Attention for Vision Transformers", arXiv 2303.11126.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from manyheads.layers.tap import Grid, PooledNorm
+
+
+def add_token_pooling(
+    model: nn.Module, *, grid: Grid | None = None, num_scales: int = 4, temperature: int | float = 1.0
+) -> nn.Module:
+    """Put token-aware pooling in front of the attention of every block of a transformer, in place.
+
+    A block is a module with children ``norm1`` and ``attn``, as in timm's vision transformers (ViT, DeiT, BEiT, EVA,
+    Swin, PVT, ...). Its width is that of ``norm1``. The pools start at random and want training.
+
+    Args:
+        model: changed in place.
+        grid: rows and columns of the token map where it is no square; None asks ``model.patch_embed.grid_size``.
+        num_scales, temperature: of ``manyheads.layers.tap.TokenAwarePooling``.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: no such block, or blocks that have token-aware pooling already.
+
+    >>> import timm, torch
+    >>> vit = add_token_pooling(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=10))
+    >>> vit(torch.randn(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
+    """
+    blocks: list[Any] = [block for block in model.modules() if hasattr(block, "norm1") and hasattr(block, "attn")]
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} has no block with norm1 and attn, in front of which TAP could stand")
+    if any(isinstance(b.norm1, PooledNorm) or hasattr(b, "dilation_predictor") for b in blocks):
+        raise ValueError(f"{type(model).__name__} has token-aware pooling already")
+    if grid is None:
+        known: Any = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+        grid = (known[0], known[1]) if known is not None else None
+    prefix: Any = getattr(model, "num_prefix_tokens", 0)
+    for block in blocks:
+        weight = block.norm1.weight
+        pooled = PooledNorm(
+            block.norm1, weight.shape[0], grid=grid, prefix=prefix, num_scales=num_scales, temperature=temperature
+        )
+        block.norm1 = pooled.to(weight.device, weight.dtype).train(block.training)
+    return model
+
+
+@contextmanager
+def attention_maps(model: nn.Module) -> Iterator[list[Tensor]]:
+    """A list to which every forward pass inside the ``with`` block adds the attention weights of all layers, in order.
+
+    The weights (batch, heads, queries, keys) are those after the softmax and before dropout, part of the graph; layers
+    compute them one by one instead of in torch's fused kernel. On leaving, the model is as it was.
+
+    Args:
+        model: with attention modules that have ``attn_drop`` and ``fused_attn``, as timm's and ours.
+
+    Raises:
+        ValueError: no attention module can show its weights. Single ones that cannot give a warning.
+
+    >>> import timm, torch
+    >>> vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2)
+    >>> with attention_maps(vit) as maps:
+    ...     logits = vit(torch.randn(1, 3, 32, 32))
+    >>> [tuple(weights.shape) for weights in maps]
+    [(1, 3, 5, 5), (1, 3, 5, 5)]
+    """
+    modules: list[Any] = [m for m in model.modules() if hasattr(m, "attn_drop") and hasattr(m, "fused_attn")]
+    hidden = sorted(
+        {
+            type(m).__name__
+            for m in model.modules()
+            if isinstance(m, nn.MultiheadAttention) or (hasattr(m, "qkv") and m not in modules)
+        }
+    )
+    if not modules:
+        seen = f": {', '.join(hidden)} cannot" if hidden else ""
+        raise ValueError(f"no attention of {type(model).__name__} can return its weights{seen}")
+    if hidden:
+        warnings.warn(f"{', '.join(hidden)} cannot return attention weights and are left out", stacklevel=3)
+    maps: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        maps.append(inputs[0])
+
+    fused = [module.fused_attn for module in modules]
+    handles = [module.attn_drop.register_forward_pre_hook(keep) for module in modules]
+    for module in modules:
+        module.fused_attn = False
+    try:
+        yield maps
+    finally:
+        for module, before, handle in zip(modules, fused, handles):
+            module.fused_attn = before
+            handle.remove()
