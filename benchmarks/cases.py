@@ -211,6 +211,24 @@ def aggregated(length: int, device: str, dtype: torch.dtype) -> Round:
     return Round(tuple(normal(*shape) for shape in shapes), contestants)
 
 
+def mixture_of_heads(length: int, device: str, dtype: torch.dtype) -> Round:
+    """MoH: every token uses 2 shared heads of 8 and 2 of the other 6, as many tokens for each."""
+    from manyheads.ops.mixture_of_heads import learned_routing, mixture_of_heads_attention
+
+    scores = torch.randn(1, length, 10, device=device, dtype=dtype)
+    routing = learned_routing(scores[..., :6], scores[..., 6:8], scores[..., 8:], active=2)
+    gates = routing.gates.transpose(1, 2).contiguous()
+    every_head = partial(mixture_of_heads_attention, backend="dense")
+    return Round(
+        (*_qkv(length, device, dtype, heads=8), gates),
+        {
+            OURS: mixture_of_heads_attention,
+            SDPA: lambda q, k, v, gates: F.scaled_dot_product_attention(q, k, v),
+            "all heads, as the authors": every_head,
+        },
+    )
+
+
 def spectral(length: int, device: str, dtype: torch.dtype) -> Round:
     """SpectFormer's first stage: a filter over the whole map, where attention would compare all positions."""
     from manyheads.ops.spectral import spectral_gating
@@ -256,6 +274,23 @@ def injective(length: int, device: str, dtype: torch.dtype) -> Round:
         "the equations": partial(inline_attention, backend="reference"),
     }
     return Round(_qkv(length, device, dtype, heads=4, head_dim=32), contestants)
+
+
+def agents(length: int, device: str, dtype: torch.dtype) -> Round:
+    """Agent attention, 4 heads of 32 channels, 49 agents with their biases."""
+    from manyheads.ops.agent import agent_attention
+
+    normal = partial(_normal, device=device, dtype=dtype)
+    shapes = ((1, 4, 49, 32), (4, 49, length), (4, length, 49))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, few: Tensor, *biases: Tensor, backend: str = "auto") -> Tensor:
+        return agent_attention(q, k, v, few, agent_bias=biases[0], query_bias=biases[1], backend=backend)
+
+    def dense(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v)
+
+    inputs = (*_qkv(length, device, dtype, heads=4, head_dim=32), *(normal(*shape) for shape in shapes))
+    return Round(inputs, {OURS: attend, SDPA: dense, "the equations": partial(attend, backend="reference")})
 
 
 def reversed_(length: int, device: str, dtype: torch.dtype) -> Round:
@@ -348,10 +383,12 @@ CASES = (
     Case("bi-level routing top-4 of 49", "blocksparse", bilevel_routing, lengths=(28 * 28, 56 * 56, 126 * 126)),
     Case("HiLo, alpha 0.9, window 2", "dense", hilo, lengths=(14 * 14, 28 * 28, 56 * 56)),
     Case("aggregated 3 x 3 and 7 x 7", "merge", aggregated, lengths=(14 * 14, 28 * 28, 56 * 56)),
+    Case("mixture of heads, 4 of 8", "dense", mixture_of_heads, lengths=(256, 1024, 4096)),
     Case("spectral filter", "dense", spectral, lengths=(14 * 14, 28 * 28, 56 * 56, 112 * 112)),
     Case("mixer gate, 512 units", "dense", mixer_gate, lengths=(8 * 8, 16 * 16, 32 * 32, 64 * 64)),
     Case("linear with decay", "linear", linear_decay),
     Case("linear with features", "linear", linear_feature_map),
+    Case("49 agents", "dense", agents),
     Case("injective linear", "linear", injective),
     Case("reversed", "dense", reversed_, lengths=(14 * 14, 28 * 28, 56 * 56)),
     Case("channel groups", "linear", channel),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
@@ -180,3 +183,31 @@ def test_other_models_are_refused() -> None:
 def test_bad_options(options, message) -> None:
     with pytest.raises(ValueError, match=message):
         AgentDiffusion(**options)
+
+
+def test_a_pipeline_from_files_generates_with_it(unet, tmp_path) -> None:
+    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, sample_size=8).eval()
+    # PLMS with a repeated timestep at its start, as Stable Diffusion 1.5 is published with.
+    scheduler = PNDMScheduler(skip_prk_steps=True, steps_offset=1)
+    parts = {"text_encoder": None, "tokenizer": None, "safety_checker": None, "feature_extractor": None}
+    StableDiffusionPipeline(
+        unet=unet, vae=vae, scheduler=scheduler, **parts, requires_safety_checker=False
+    ).save_pretrained(tmp_path)
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path, **parts)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def generate() -> torch.Tensor:
+        return pipeline(
+            prompt_embeds=torch.ones(1, 5, 12), negative_prompt_embeds=torch.zeros(1, 5, 12), num_inference_steps=4,
+            height=8, width=8, generator=torch.Generator().manual_seed(2), output_type="pt",
+        ).images  # fmt: skip
+
+    plain = generate()
+    method = replace(AgentDiffusion.published(0.4), later_from=2)
+    with method(pipeline.unet):
+        changed = generate()
+    assert changed.isfinite().all()
+    assert not torch.equal(changed, plain)
+    assert torch.equal(generate(), plain)
+    with AgentDiffusion(ratio=0.0, agent_ratio=0.0)(pipeline.unet):
+        assert torch.equal(generate(), plain)

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from manyheads.cost import cost
 from manyheads.layers.mixer_gate import MixerGating
+from manyheads.ops.agent import agent_attention
 from manyheads.ops.aggregated import aggregated_attention
 from manyheads.ops.halo import halo_attention
 from manyheads.ops.hilo import hilo_attention, low_head_count
@@ -81,6 +82,13 @@ def test_inline_counts_what_torch_counts(kv_heads: int) -> None:
     assert cost("inline_attention", 192, kv_heads=kv_heads, **SIZES).forward_flops == 2 * found.forward_flops
 
 
+def test_agents_count_what_torch_counts() -> None:
+    x, few = (torch.randn(2, 4, tokens, 16, device="meta") for tokens in (96, 9))
+    found = cost("agent_attention", 96, agents=9, **SIZES)
+    assert _counted(lambda: agent_attention(x, x, x, few)) == found.forward_flops
+    assert cost("agent_attention", 192, agents=9, **SIZES).forward_flops == 2 * found.forward_flops
+
+
 def test_reversed_counts_what_torch_counts() -> None:
     x = torch.randn(2, 4, 40, 16, requires_grad=True)
     found = cost("dependency_vit", 40, **SIZES)
@@ -90,3 +98,13 @@ def test_reversed_counts_what_torch_counts() -> None:
     with FlopCounterMode(display=False) as counter:
         out.sum().backward()
     assert counter.get_total_flops() == found.backward_flops
+
+
+def test_a_mixture_of_heads_costs_its_share_of_dense_attention() -> None:
+    router = 2 * 2 * 96 * 64 * 6
+    found, dense = cost("moh", 96, shared=1, active=1, **SIZES), cost("dense", 96, **SIZES)
+    assert found.forward_flops - router == dense.forward_flops / 2
+    assert found.backward_flops - 2 * router == dense.backward_flops / 2
+    assert found.state_bytes == dense.state_bytes
+    with pytest.raises(ValueError, match=r"shared \+ active = 5 must be at least 1 and at most heads \(4\)"):
+        cost("moh", 96, shared=2, active=3, **SIZES)

@@ -23,6 +23,7 @@ class _Adapters(dict):
 ADAPTERS = _Adapters(
     agent_attention="agent_attention",
     dependency_vit="dependency_vit",
+    dualtoken_vit="dualtoken_vit",
     inline_attention="inline_attention",
     davit="davit",
     dyn_perceiver="dyn_perceiver",
@@ -32,6 +33,8 @@ ADAPTERS = _Adapters(
     halonet="halonet",
     maxvit="maxvit",
     ninformer="ninformer",
+    medusa="medusa",
+    moh="moh",
     shvit="shvit",
     tap_adl="tap_adl",
     biformer="biformer",

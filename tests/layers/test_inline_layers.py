@@ -72,10 +72,14 @@ def test_bfloat16_stays_close() -> None:
     torch.testing.assert_close(layer.bfloat16()(x.bfloat16(), (8, 8)).float(), expected, atol=0.03, rtol=0.03)
 
 
-def test_both_layers_compile_whole(compiling) -> None:
+def test_the_layer_compiles_whole(compiling) -> None:
     layer, x = InLineAttention(12, 3, class_token=True), torch.randn(2, 16, 12)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, (3, 5)), layer(x, (3, 5)))
+
+
+@pytest.mark.slow
+def test_a_branch_compiles_whole(compiling) -> None:
     branch, given = InLineStripeAttention(8, 2), (torch.randn(3, 2, 12, 8), (4, 3), torch.randn(2, 8))
     compiled = torch.compile(branch, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*given), branch(*given))

@@ -27,7 +27,7 @@ def _by_hand(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(
     size=st.tuples(st.integers(1, 6), st.integers(1, 6)), scales=st.integers(1, 5), channels=st.integers(1, 3),
-    backend=st.sampled_from(["auto", "reference", "separable"]), channels_last=st.booleans(),
+    backend=st.sampled_from(["auto", "reference", "depthwise"]), channels_last=st.booleans(),
 )  # fmt: skip
 def test_pooling_is_the_sum(size, scales, channels, backend, channels_last) -> None:
     torch.manual_seed(0)
@@ -39,7 +39,7 @@ def test_pooling_is_the_sum(size, scales, channels, backend, channels_last) -> N
     torch.testing.assert_close(x, before)
 
 
-@pytest.mark.parametrize("backend", ["reference", "separable"])
+@pytest.mark.parametrize("backend", ["reference", "depthwise"])
 def test_gradients(backend: str) -> None:
     x = torch.randn(1, 2, 3, 4, dtype=torch.double, requires_grad=True)
     weights = torch.randn(1, 3, 3, 4, dtype=torch.double, requires_grad=True)

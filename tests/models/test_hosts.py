@@ -10,7 +10,8 @@ from manyheads.models import create_model, load_checkpoint
 from manyheads.models.evaluation import count_flops
 from manyheads.models.recipes import recipe_for
 from manyheads.models.training import make_optimizer
-from manyheads.models.vision.hosts import common, deit, pvt
+from manyheads.models.vision.agent import DENSE_AGENTS
+from manyheads.models.vision.hosts import HostDense, common, deit, pvt
 from manyheads.models.vision.hosts.common import checkpoint_filter_fn
 
 PARAMETERS = {
@@ -228,6 +229,26 @@ def test_only_matrices_decay_and_pyramids_positions() -> None:
         assert {decay[id(p)] for key, p in named.items() if "pos_embed" in key} == {position}
         assert {decay[id(p)] for key, p in named.items() if p.ndim < 2 or key == "cls_token"} == {0}
         assert decay[id(model.head.weight)] == 0.05
+
+
+def test_dense_swin_spares_the_agents_biases_from_decay() -> None:
+    spared = _small("agent_swin", any_size=True).no_weight_decay()
+    kinds = {name.split(".")[-1] for name in spared - _small("agent_swin").no_weight_decay()}
+    assert kinds == {"an_bias", "na_bias", "ah_bias", "aw_bias", "ha_bias", "wa_bias"}
+
+
+@pytest.mark.parametrize("host", ["swin", "pvt"])
+def test_dense_trunks_give_maps_of_any_image(host) -> None:
+    trunk = _small(f"agent_{host}", any_size=True, agent_grids=DENSE_AGENTS[host])
+    grids = [module.agent_grid for module in trunk.modules() if isinstance(module, agent.AgentAttention)]
+    assert set(grids) <= set(DENSE_AGENTS[host])
+    dense = HostDense(trunk, (0, 2, 3), norms=host == "swin").eval()
+    sizes = [tuple(x.shape) for x in dense(torch.randn(1, 3, 70, 101))]
+    channels = [trunk.feature_info[stage]["num_chs"] for stage in (0, 2, 3)]
+    # Swin pads to whole patches and even maps, PVT drops what is left over.
+    maps = [(18, 26), (5, 7), (3, 4)] if host == "swin" else [(17, 25), (4, 6), (2, 3)]
+    assert sizes == [(1, width, *size) for width, size in zip(channels, maps)]
+    assert ("norm3.weight" in dense.state_dict()) == (host == "swin")
 
 
 def test_recipes_are_the_published_ones() -> None:

@@ -196,6 +196,8 @@ def test_torchrun_names_the_dead_and_goes_on(folder, how, tmp_path):
             os.kill(victim, signal.SIGKILL)
         assert run.wait(120) != 0
     finally:
+        for worker in _workers(run.pid).values():
+            os.kill(worker, signal.SIGKILL)  # a stopped one would outlive torchrun
         run.kill()
     said = log.read_text()
     assert "RankError" in said

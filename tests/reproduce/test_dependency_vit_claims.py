@@ -53,8 +53,9 @@ def test_accuracies_are_judged_by_the_rule(monkeypatch: pytest.MonkeyPatch, scor
 
 @pytest.mark.parametrize(("lost", "verdict"), [((0.1, 0.3), Verdict.CONFIRMED), ((0.3, 0.1), Verdict.REFUTED)])
 def test_dropped_tokens_are_judged_by_the_rule(monkeypatch: pytest.MonkeyPatch, lost, verdict) -> None:
-    model = dependency_vit._net(depth=5)
-    monkeypatch.setattr(dependency_vit, "_trained_on_digits", lambda seed: (model, torch.zeros(1), torch.zeros(1)))
+    model = dependency_vit._net(16, depth=5)
+    trained = (model, torch.zeros(1), torch.zeros(1))
+    monkeypatch.setattr(dependency_vit, "_trained_on_parts", lambda depth, epochs: trained)
 
     def judged(net, images, labels) -> float:
         keep = net.stages[0].blocks[4].keep

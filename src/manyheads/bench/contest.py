@@ -115,9 +115,12 @@ def contestants(shape: Shape) -> dict[str, tuple[str, Callable[..., Tensor]]]:
     serving = {system.slug for system in catalog.systems(pattern=shape.pattern, state="works")}
     if shape.length < 2:
         serving -= {"neighborhood_attention"}  # a window is at least two tokens
+    if shape.heads < 2:
+        serving -= {"moh"}  # a choice is between two heads at least
     build = {
         "neighborhood_attention": _neighborhood,
         "lightning_attention": _lightning,
+        "agent_attention": _agents,
         "davit": _channel,
         "dependency_vit": _reversed,
         "biformer": _bilevel_routing,
@@ -126,6 +129,7 @@ def contestants(shape: Shape) -> dict[str, tuple[str, Callable[..., Tensor]]]:
         "litv2": _hilo,
         "maxvit": _multi_axis,
         "ninformer": _mixer_gate,
+        "moh": _mixture_of_heads,
         "spectformer": _spectral,
         "transnext": _aggregated,
         "duo_attention": _duo,
@@ -171,6 +175,20 @@ def _channel(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
     from manyheads.ops.channel import channel_attention
 
     return f"{shape.heads} groups", channel_attention
+
+
+def _agents(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
+    from manyheads.ops.agent import agent_attention
+
+    rows, columns = shape.grid
+    cells = (min(7, rows), min(7, columns))
+
+    def through(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        maps = q.mT.unflatten(3, (rows, columns)).flatten(0, 1)
+        agents = F.adaptive_avg_pool2d(maps, cells).flatten(2).mT.unflatten(0, q.shape[:2])
+        return agent_attention(q, k, v, agents)
+
+    return f"{cells[0] * cells[1]} agents, pooled from the queries", through
 
 
 def _injective(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
@@ -227,6 +245,18 @@ def _multi_axis(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
         return grid_attention(q, k, near, partition=partition).flatten(2, 3)
 
     return f"blocks, then a grid, of {partition[0]} x {partition[1]}", in_turn
+
+
+def _mixture_of_heads(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
+    from manyheads.ops.mixture_of_heads import mixture_of_heads_attention, query_norm_routing
+
+    shared, active = shape.heads // 4, max(shape.heads // 4, 1)
+
+    def routed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        gates = query_norm_routing(q, shared=shared, active=active).gates
+        return mixture_of_heads_attention(q, k, v, gates.transpose(1, 2), causal=shape.causal)
+
+    return f"{shared} shared heads and {active} of the others", routed
 
 
 def _halo(shape: Shape) -> tuple[str, Callable[..., Tensor]]:

@@ -28,6 +28,20 @@ VISION_SYSTEMS = (
         patterns=BOTH,
         rooms=("ops", "layers", "models", "adapt"),
         why="A few agent tokens gather for all queries: global attention at linear cost, also for diffusion sampling.",
+        state="works",
+        public=(
+            "manyheads.ops.agent.agent_attention",
+            "manyheads.ops.agent.agent_weights",
+            "manyheads.ops.token_merge.match_tokens",
+            "manyheads.layers.agent.AgentAttention",
+            "manyheads.layers.agent.AgentStripeAttention",
+            "manyheads.models.vision.hosts.HostDeiT",
+            "manyheads.models.vision.hosts.HostPVT",
+            "manyheads.models.vision.hosts.HostSwin",
+            "manyheads.models.vision.hosts.HostCSwin",
+            "manyheads.models.vision.hosts.HostDense",
+            "manyheads.adapt.agent_diffusion.AgentDiffusion",
+        ),
     ),
     System(
         slug="biformer",
@@ -123,6 +137,12 @@ VISION_SYSTEMS = (
         patterns=BOTH,
         rooms=("layers", "models"),
         why="Convolution for the near, a handful of position-aware global tokens for the far, under one GFLOP.",
+        state="works",
+        public=(
+            "manyheads.layers.dual_token.PositionAwareTokens",
+            "manyheads.layers.dual_token.BiDimensionalAttention",
+            "manyheads.models.vision.dualtoken.DualTokenViT",
+        ),
     ),
     System(
         slug="dyn_perceiver",

@@ -7,7 +7,18 @@ import inspect
 from typing import Any
 
 from manyheads.cost.formulas import Cost, Shape, bilevel_routing, channel, dense, duo, lightning, neighborhood
-from manyheads.cost.vision import aggregated, halo, hilo, injective, mixer_gate, multi_axis, reversed_, spectral
+from manyheads.cost.vision import (
+    aggregated,
+    halo,
+    hilo,
+    injective,
+    mixer_gate,
+    mixture_of_heads,
+    multi_axis,
+    reversed_,
+    spectral,
+    through_agents,
+)
 
 __all__ = ["FORMULAS", "Cost", "cost"]
 
@@ -19,11 +30,13 @@ FORMULAS = {
     "davit": channel,
     "dependency_vit": reversed_,
     "biformer": bilevel_routing,
+    "agent_attention": through_agents,
     "halonet": halo,
     "inline_attention": injective,
     "litv2": hilo,
     "maxvit": multi_axis,
     "ninformer": mixer_gate,
+    "moh": mixture_of_heads,
     "spectformer": spectral,
     "transnext": aggregated,
     "duo_attention": duo,
@@ -55,7 +68,8 @@ def cost(
             (lightning), ``regions`` and ``topk`` (biformer), ``window`` (tokens of a side) and ``alpha`` (litv2),
             ``window`` (likewise) and ``pooled`` (transnext), ``partition`` (maxvit), ``block`` and ``halo`` (halonet),
             ``tokens_hidden`` and ``channels_hidden`` (ninformer, units of the gate's two feed-forwards),
-            ``retrieval``, ``sinks``, ``recent`` and ``chunk`` (duo_attention), ``causal`` (dense).
+            ``shared`` and ``active`` heads (moh), ``retrieval``, ``sinks``, ``recent`` and ``chunk``
+            (duo_attention), ``causal`` (dense).
 
     Raises:
         ValueError: a system without formulas, a setting that it does not have, sizes below one, or heads that are not
@@ -76,7 +90,7 @@ def cost(
     kv_heads = heads if kv_heads is None else kv_heads
     sizes: dict[str, int] = dict(length=length, batch=batch, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
     for name, size in (sizes | {"element_bytes": element_bytes} | settings).items():
-        if size < (0 if name in ("alpha", "causal", "retrieval", "sinks") else 1):
+        if size < (0 if name in ("active", "alpha", "causal", "retrieval", "shared", "sinks") else 1):
             raise ValueError(f"{name} must be at least 1, got {size}")
     if heads % kv_heads:
         raise ValueError(f"heads ({heads}) must be a multiple of kv_heads ({kv_heads})")

@@ -6,6 +6,7 @@ from manyheads.layers.conv_ffn import ConvFeedForward, ConvGLU
 from manyheads.layers.cross_shaped import StripeAttention
 from manyheads.layers.davit import ChannelAttention, ConvPositionEncoding, WindowAttention
 from manyheads.layers.dependency import MessageController, ReversedAttention
+from manyheads.layers.dual_token import BiDimensionalAttention, PositionAwareTokens
 from manyheads.layers.fan import FANBlock
 from manyheads.layers.halo import HaloAttention
 from manyheads.layers.hilo import DeformableMerging, HiLoAttention
@@ -14,6 +15,7 @@ from manyheads.layers.latent import CrossLayer, LatentAttention, SelfLayer
 from manyheads.layers.lightning import TNLAttention
 from manyheads.layers.maxvit import MBConv, MultiAxisAttention, PartitionAttention
 from manyheads.layers.mixer_gate import MixerGating, TokenMixer
+from manyheads.layers.mixture_of_heads import HeadRouter, MixtureOfHeadsAttention, collect_routing
 from manyheads.layers.neighborhood import NeighborhoodAttention
 from manyheads.layers.shifted_window import ShiftedWindowAttention
 from manyheads.layers.shvit import SingleHeadAttention
@@ -26,6 +28,7 @@ __all__ = [
     "AgentAttention",
     "AgentStripeAttention",
     "AggregatedAttention",
+    "BiDimensionalAttention",
     "BiLevelRoutingAttention",
     "ChannelAttention",
     "ConvFeedForward",
@@ -36,6 +39,7 @@ __all__ = [
     "DeformableMerging",
     "FANBlock",
     "HaloAttention",
+    "HeadRouter",
     "HiLoAttention",
     "InLineAttention",
     "InLineStripeAttention",
@@ -43,10 +47,12 @@ __all__ = [
     "MBConv",
     "MessageController",
     "MixerGating",
+    "MixtureOfHeadsAttention",
     "MultiAxisAttention",
     "NeighborhoodAttention",
     "PartitionAttention",
     "PooledNorm",
+    "PositionAwareTokens",
     "ReversedAttention",
     "SelfLayer",
     "ShiftedWindowAttention",
@@ -58,4 +64,5 @@ __all__ = [
     "TokenAwarePooling",
     "TokenMixer",
     "WindowAttention",
+    "collect_routing",
 ]

@@ -36,8 +36,8 @@ def token_aware_pooling(
     Args:
         x: map of any sides.
         weights: for every position the weight of each scale; scale s reads samples s positions apart.
-        backend: "reference" (all nine samples of a neighbourhood side by side, as the authors do), "separable" (three
-            rows, then three columns: four additions a scale and no copies of the map) or "auto".
+        backend: "reference" (all nine samples of a neighbourhood side by side, as the authors do), "depthwise" (a
+            depthwise convolution for each scale, which copies nothing) or "auto".
 
     Raises:
         ValueError: weights of another batch or map, or of no scale.
@@ -49,37 +49,29 @@ def token_aware_pooling(
     >>> token_aware_pooling(x, torch.tensor([0.0, 1.0]).view(1, 2, 1, 1).expand(1, 2, 3, 3))[0, 0, 0] * 9
     tensor([4., 6., 4.])
     """
-    check_choice("backend", backend, ("auto", "reference", "separable"))
+    check_choice("backend", backend, ("auto", "reference", "depthwise"))
     if x.ndim != 4 or weights.ndim != 4 or x.shape[0] != weights.shape[0] or x.shape[2:] != weights.shape[2:]:
         raise ValueError(
             f"weights must be (batch, scales, H, W) of the map {tuple(x.shape)}, got {tuple(weights.shape)}"
         )
     if weights.shape[1] < 1:
         raise ValueError("weights need at least one scale, got 0")
-    pool = _nine_samples if backend == "reference" else _rows_then_columns
+    pool = _nine_samples if backend == "reference" else _depthwise
     out = x * weights[:, :1]
     for scale in range(1, weights.shape[1]):
-        out = out + pool(x, scale) * weights[:, scale : scale + 1]
+        out = out + pool(x, scale) * (weights[:, scale : scale + 1] / 9)
     return out
 
 
 def _nine_samples(x: Tensor, scale: int) -> Tensor:
+    """9 p_s"""
     samples = F.unfold(x, 3, dilation=scale, padding=scale)
-    return samples.unflatten(1, (x.shape[1], 9)).mean(2).view_as(x)
+    return samples.unflatten(1, (x.shape[1], 9)).sum(2).view_as(x)
 
 
-def _rows_then_columns(x: Tensor, scale: int) -> Tensor:
-    return _three(_three(x, scale, 2), scale, 3) / 9
-
-
-def _three(x: Tensor, scale: int, axis: int) -> Tensor:
-    """x plus its two neighbours ``scale`` positions away along an axis, zeros outside."""
-    side = x.shape[axis]
-    if scale >= side:
-        return x
-    padding = (scale, scale) if axis == 3 else (0, 0, scale, scale)
-    padded = F.pad(x, padding)
-    return padded.narrow(axis, 0, side) + x + padded.narrow(axis, 2 * scale, side)
+def _depthwise(x: Tensor, scale: int) -> Tensor:
+    ones = x.new_ones(x.shape[1], 1, 3, 3)
+    return F.conv2d(x, ones, padding=scale, dilation=scale, groups=x.shape[1])
 
 
 class TokenAwarePooling(nn.Module):

@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from manyheads.data.images import digits
 from manyheads.layers.inline import kernel_maker, local_residual
 from manyheads.models.registry import create_model
 from manyheads.ops.inline import inline_attention, inline_weights
 from manyheads.reproduce.claims import Claim, Finding, Verdict
 from manyheads.reproduce.clock import growth, thread_seconds
-from manyheads.reproduce.digits import accuracy_on_digits
+from manyheads.reproduce.digits import accuracy_on_digits, train_on_digits
 
 EPOCHS = 8
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
@@ -50,17 +49,12 @@ def distinct_queries_stay_distinct(seed: int) -> Finding:
 
 def trained_queries_collide(seed: int) -> Finding:
     """Train the three kinds on digits and count the pairs of a layer's queries that have the same weights."""
-    images = digits(8, seed=seed)[2][:64]
-    nets: dict[str, TinyViT] = {}
-
-    def build(kind: str) -> TinyViT:
-        nets[kind] = TinyViT(kind, local=True)
-        return nets[kind]
-
     shares = {}
     for kind in KINDS:
-        accuracy_on_digits(lambda kind=kind: build(kind), seed, size=8, epochs=EPOCHS, learning_rate=3e-3)
-        shares[kind] = collisions(nets[kind], images)
+        net, images, _ = train_on_digits(
+            lambda kind=kind: TinyViT(kind, local=True), seed, size=8, epochs=EPOCHS, learning_rate=3e-3
+        )
+        shares[kind] = collisions(cast(TinyViT, net), images[:64])
     verdict = Verdict.INCONCLUSIVE
     if shares["linear"] >= 10 * shares["inline"] and shares["inline"] <= max(2 * shares["softmax"], 1e-3):
         verdict = Verdict.CONFIRMED

@@ -19,18 +19,18 @@ from manyheads.reproduce.claims import Claim, Finding, Verdict
 from manyheads.reproduce.digits import accuracy, train_on_digits
 
 CORRUPTIONS = ("gaussian_noise", "gaussian_blur", "contrast")
-EPOCHS = 8
+EPOCHS, PEAK = 12, 4e-3
 
 
 def robust_to_corruption(seed: int) -> Finding:
-    """Train four small transformers on clean digits, with and without TAP and ADL, and test them on corrupted ones."""
-    kinds = {"plain": (False, False), "TAP": (True, False), "ADL": (False, True), "both": (True, True)}
+    """Train small transformers on clean digits, plain and with both TAP and ADL, and test them on corrupted ones."""
+    kinds = {"plain": False, "both": True}
     clean: dict[str, list[float]] = {name: [] for name in kinds}
     corrupted: dict[str, list[float]] = {name: [] for name in kinds}
     for run in range(3):
         spoiled = None
-        for name, (pooled, diverse) in kinds.items():
-            model, images, labels = _train(3 * seed + run, pooled, diverse)
+        for name, changed in kinds.items():
+            model, images, labels = _train(3 * seed + run, pooled=changed, diverse=changed)
             spoiled = spoiled or [_spoil(images, kind, strength) for kind in CORRUPTIONS for strength in SEVERITIES]
             clean[name].append(accuracy(model, images, labels))
             corrupted[name].append(mean(accuracy(model, part, labels) for part in spoiled))
@@ -56,14 +56,12 @@ def less_overfocusing(seed: int) -> Finding:
     similarity: dict[str, list[float]] = {"plain": [], "ADL": []}
     for run in range(3):
         for name in focus:
-            model, images, _ = _train(3 * seed + run, False, name == "ADL")
+            model, images, _ = _train(3 * seed + run, pooled=False, diverse=name == "ADL")
             with torch.no_grad(), attention_maps(model) as maps:
                 model(images)
             focus[name].append(mean(overfocus(weights) for weights in maps))
             similarity[name].append(attention_diversification_loss(maps).item())
-    falls = all(
-        mean(values["ADL"]) < mean(values["plain"]) - _margin(values) for values in (focus, similarity)
-    )  # fmt: skip
+    falls = all(mean(values["ADL"]) < mean(values["plain"]) - _margin(values) for values in (focus, similarity))
     rises = any(mean(values["ADL"]) > mean(values["plain"]) + _margin(values) for values in (focus, similarity))
     verdict = Verdict.CONFIRMED if falls else Verdict.REFUTED if rises else Verdict.INCONCLUSIVE
     return Finding(
@@ -103,14 +101,14 @@ def published_sizes(seed: int) -> Finding:
     )
 
 
-def _train(seed: int, pooled: bool, diverse: bool) -> tuple[nn.Module, Tensor, Tensor]:
+def _train(seed: int, *, pooled: bool, diverse: bool) -> tuple[nn.Module, Tensor, Tensor]:
     def build() -> nn.Module:
         vit = VisionTransformer(
-            img_size=32, patch_size=4, embed_dim=48, depth=4, num_heads=4, mlp_ratio=2, num_classes=10
+            img_size=32, patch_size=4, embed_dim=48, depth=3, num_heads=4, mlp_ratio=2, num_classes=10
         )
         return add_token_pooling(vit) if pooled else vit
 
-    return train_on_digits(build, seed, epochs=EPOCHS, loss=_diverse if diverse else None)
+    return train_on_digits(build, seed, epochs=EPOCHS, learning_rate=PEAK, loss=_diverse if diverse else None)
 
 
 def _diverse(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:

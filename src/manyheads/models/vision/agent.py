@@ -1,8 +1,8 @@
 """Agent-DeiT, -PVT, -Swin and -CSwin: four backbones whose attention goes through agent tokens.
 
 The backbones are those of ``manyheads.models.vision.hosts``; here stand the published variants and their layout.
-Parameters carry the authors' names. ``HostDense(create_model("agent_swin_tiny", any_size=True), norms=True)`` is the
-trunk of the detectors.
+Parameters carry the authors' names. The trunk of the detectors is ``HostDense(trunk, norms=True)`` of
+``trunk = create_model("agent_swin_tiny", any_size=True, agent_grids=DENSE_AGENTS["swin"])``; PVT's is without norms.
 
 Source: "Agent Attention: On the Integration of Softmax and Linear Attention", arXiv 2312.08874.
 """

@@ -8,6 +8,7 @@ Source: "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import cast
 
@@ -199,6 +200,11 @@ class HostSwin(Host):
         ]
         self.norm = nn.LayerNorm(dims[-1])
         self.finish(in_chans, num_classes, dims, options)
+
+    def no_weight_decay(self) -> set[str]:
+        """Tables of relative positions; in dense prediction the agents' biases too."""
+        tables = {name for name, _ in self.named_parameters() if re.search(r"\.(an|na|ah|aw|ha|wa)_bias$", name)}
+        return super().no_weight_decay() | (tables if self.options["any_size"] else set())
 
     def stages(self, image: Tensor, last: int | None = None) -> list[tuple[Tensor, Grid]]:
         """Tokens, before the merging, and map sizes of every stage up to ``last``."""
