@@ -211,6 +211,24 @@ def aggregated(length: int, device: str, dtype: torch.dtype) -> Round:
     return Round(tuple(normal(*shape) for shape in shapes), contestants)
 
 
+def mixture_of_heads(length: int, device: str, dtype: torch.dtype) -> Round:
+    """MoH: every token uses 2 shared heads of 8 and 2 of the other 6, as many tokens for each."""
+    from manyheads.ops.mixture_of_heads import learned_routing, mixture_of_heads_attention
+
+    scores = torch.randn(1, length, 10, device=device, dtype=dtype)
+    routing = learned_routing(scores[..., :6], scores[..., 6:8], scores[..., 8:], active=2)
+    gates = routing.gates.transpose(1, 2).contiguous()
+    every_head = partial(mixture_of_heads_attention, backend="dense")
+    return Round(
+        (*_qkv(length, device, dtype, heads=8), gates),
+        {
+            OURS: mixture_of_heads_attention,
+            SDPA: lambda q, k, v, gates: F.scaled_dot_product_attention(q, k, v),
+            "all heads, as the authors": every_head,
+        },
+    )
+
+
 def spectral(length: int, device: str, dtype: torch.dtype) -> Round:
     """SpectFormer's first stage: a filter over the whole map, where attention would compare all positions."""
     from manyheads.ops.spectral import spectral_gating
@@ -365,6 +383,7 @@ CASES = (
     Case("bi-level routing top-4 of 49", "blocksparse", bilevel_routing, lengths=(28 * 28, 56 * 56, 126 * 126)),
     Case("HiLo, alpha 0.9, window 2", "dense", hilo, lengths=(14 * 14, 28 * 28, 56 * 56)),
     Case("aggregated 3 x 3 and 7 x 7", "merge", aggregated, lengths=(14 * 14, 28 * 28, 56 * 56)),
+    Case("mixture of heads, 4 of 8", "dense", mixture_of_heads, lengths=(256, 1024, 4096)),
     Case("spectral filter", "dense", spectral, lengths=(14 * 14, 28 * 28, 56 * 56, 112 * 112)),
     Case("mixer gate, 512 units", "dense", mixer_gate, lengths=(8 * 8, 16 * 16, 32 * 32, 64 * 64)),
     Case("linear with decay", "linear", linear_decay),

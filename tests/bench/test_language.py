@@ -152,3 +152,20 @@ def test_the_real_model_keeps_its_needles_with_half_of_its_heads_streaming() -> 
     assert trial.after.cache_bytes < 0.7 * trial.before.cache_bytes
     assert trial.after.perplexity < 1.2 * trial.before.perplexity
     assert sum(map(sum, trial.before.needle)) > 1
+
+
+def test_trying_a_mixture_of_heads(model, tokenizer) -> None:
+    trial = try_method(
+        "moh", model, tokenizer, shared=1, active=1, lengths=[160], depths=[50.0], progress=False, chunk=32
+    )
+    use = torch.tensor(trial.head_scores)
+    assert use[:, 0].eq(1).all()
+    torch.testing.assert_close(use.sum(1), torch.full((2,), 2.0))
+    assert trial.retrieval == [[True, False, False, False]] * 2
+    assert trial.before.perplexity != trial.after.perplexity
+    assert trial.before.cache_bytes == trial.after.cache_bytes
+    assert trial.sentence.startswith("In each of 2 layers every token uses 1 shared heads and chooses 1 of the other 3")
+    with pytest.raises(ValueError, match="sinks is an option of duo_attention; moh has shared, active"):
+        try_method("moh", model, tokenizer, sinks=4, lengths=[160], depths=[50.0], progress=False)
+    with pytest.raises(ValueError, match="active=4 heads"):
+        try_method("moh", model, tokenizer, shared=1, active=4, lengths=[160], depths=[50.0], progress=False)

@@ -98,3 +98,13 @@ def test_reversed_counts_what_torch_counts() -> None:
     with FlopCounterMode(display=False) as counter:
         out.sum().backward()
     assert counter.get_total_flops() == found.backward_flops
+
+
+def test_a_mixture_of_heads_costs_its_share_of_dense_attention() -> None:
+    router = 2 * 2 * 96 * 64 * 6
+    found, dense = cost("moh", 96, shared=1, active=1, **SIZES), cost("dense", 96, **SIZES)
+    assert found.forward_flops - router == dense.forward_flops / 2
+    assert found.backward_flops - 2 * router == dense.backward_flops / 2
+    assert found.state_bytes == dense.state_bytes
+    with pytest.raises(ValueError, match=r"shared \+ active = 5 must be at least 1 and at most heads \(4\)"):
+        cost("moh", 96, shared=2, active=3, **SIZES)

@@ -34,6 +34,7 @@ ADAPTERS = _Adapters(
     maxvit="maxvit",
     ninformer="ninformer",
     medusa="medusa",
+    moh="moh",
     shvit="shvit",
     tap_adl="tap_adl",
     biformer="biformer",

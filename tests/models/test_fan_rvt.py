@@ -10,7 +10,7 @@ from PIL import Image
 from manyheads.models import CheckpointError, create_model, load_checkpoint
 from manyheads.models.evaluation import evaluate_vision
 from manyheads.models.image_data import ImageData, LabelledImages
-from manyheads.models.recipes import recipe_for
+from manyheads.models.recipes import Recipe, recipe_for
 from manyheads.models.training import _Classifier, train_vision
 from manyheads.models.vision import fan, rvt
 from manyheads.models.vision.token_robustness import attention_maps
@@ -217,11 +217,13 @@ def test_the_loss_pays_for_overfocusing() -> None:
     with attention_maps(network) as maps:
         network(x)
     adl = attention_diversification_loss(maps)
-    plain, paying = (_Classifier(network, 0.1, None, weight)(x, labels)["loss"] for weight in (0.0, 2.0))
+    plain, paying = (
+        _Classifier(network, Recipe(diversification=weight), None)(x, labels)["loss"] for weight in (0.0, 2.0)
+    )
     torch.testing.assert_close(paying, plain + 2 * adl)
     assert adl > 0.1
     network.eval()
-    evaluated = _Classifier(network, 0.1, None, 2.0).eval()(x, labels)["loss"]
+    evaluated = _Classifier(network, Recipe(diversification=2.0), None).eval()(x, labels)["loss"]
     torch.testing.assert_close(evaluated, F.cross_entropy(network(x), labels))
 
 

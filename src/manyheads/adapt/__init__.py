@@ -4,11 +4,13 @@ from manyheads.adapt.agent_diffusion import AgentDiffusion
 from manyheads.adapt.duo_attention import DuoAttention
 from manyheads.adapt.duo_cache import DuoCache, live_bytes
 from manyheads.adapt.duo_gates import optimise_gates
+from manyheads.adapt.mixture_of_heads import MixtureOfHeads
 
 __all__ = [
     "AgentDiffusion",
     "DuoAttention",
     "DuoCache",
+    "MixtureOfHeads",
     "live_bytes",
     "optimise_gates",
 ]

@@ -115,6 +115,8 @@ def contestants(shape: Shape) -> dict[str, tuple[str, Callable[..., Tensor]]]:
     serving = {system.slug for system in catalog.systems(pattern=shape.pattern, state="works")}
     if shape.length < 2:
         serving -= {"neighborhood_attention"}  # a window is at least two tokens
+    if shape.heads < 2:
+        serving -= {"moh"}  # a choice is between two heads at least
     build = {
         "neighborhood_attention": _neighborhood,
         "lightning_attention": _lightning,
@@ -127,6 +129,7 @@ def contestants(shape: Shape) -> dict[str, tuple[str, Callable[..., Tensor]]]:
         "litv2": _hilo,
         "maxvit": _multi_axis,
         "ninformer": _mixer_gate,
+        "moh": _mixture_of_heads,
         "spectformer": _spectral,
         "transnext": _aggregated,
         "duo_attention": _duo,
@@ -242,6 +245,18 @@ def _multi_axis(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
         return grid_attention(q, k, near, partition=partition).flatten(2, 3)
 
     return f"blocks, then a grid, of {partition[0]} x {partition[1]}", in_turn
+
+
+def _mixture_of_heads(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
+    from manyheads.ops.mixture_of_heads import mixture_of_heads_attention, query_norm_routing
+
+    shared, active = shape.heads // 4, max(shape.heads // 4, 1)
+
+    def routed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        gates = query_norm_routing(q, shared=shared, active=active).gates
+        return mixture_of_heads_attention(q, k, v, gates.transpose(1, 2), causal=shape.causal)
+
+    return f"{shared} shared heads and {active} of the others", routed
 
 
 def _halo(shape: Shape) -> tuple[str, Callable[..., Tensor]]:

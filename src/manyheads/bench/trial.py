@@ -27,16 +27,53 @@ class Measurement:
     decode_tokens_per_second: float
 
 
+@dataclass(frozen=True)
+class Words:
+    """How a method's heads are spoken of in the table and on the page.
+
+    Attributes:
+        score: what a head's score is called.
+        high: what a high score says, after "the stronger its colour, ".
+        frame: what a framed group of heads is.
+        kept, other: the state of a head that is framed, and of one that is not.
+    """
+
+    score: str
+    high: str
+    frame: str
+    kept: str
+    other: str
+
+
+WORDS = {
+    "duo_attention": Words(
+        score="retrieval score",
+        high="the more it copies from far back in the context (retrieval score)",
+        frame="A framed group shares a key/value head that keeps its whole cache; the others are streaming heads.",
+        kept="keeps its whole cache",
+        other="streaming",
+    ),
+    "moh": Words(
+        score="share of tokens",
+        high="the more tokens of a text use it (share of tokens)",
+        frame="A framed head is shared: every token uses it. Among the others each token chooses.",
+        kept="shared",
+        other="chosen by some tokens",
+    ),
+}
+
+
 @dataclass
 class Trial:
     """A method tried on a model; what the table, the JSON and the report page are made from.
 
     Attributes:
-        system: slug of the method ("duo_attention").
+        system: slug of the method, one of ``WORDS``.
         model: the name the user gave.
         settings: the method's options and the sizes of the measurements.
-        head_scores: (layers x query heads) retrieval scores.
-        retrieval: (layers x key/value heads) True where the head keeps its whole cache.
+        head_scores: (layers x query heads) retrieval scores, or the shares of tokens that use a head.
+        retrieval: (layers x key/value heads) True where the head keeps its whole cache, or (layers x query heads) True
+            where it is shared by all tokens.
         depths: needle depths in percent (rows of Measurement.needle).
         lengths: context lengths in tokens (columns of Measurement.needle).
         tokens: text of each token of the example, for the attention patterns.
@@ -60,3 +97,26 @@ class Trial:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-serialisable copy."""
         return asdict(self)
+
+    @property
+    def words(self) -> Words:
+        """How this method's heads are spoken of."""
+        return WORDS[self.system]
+
+    @property
+    def sentence(self) -> str:
+        """What was changed."""
+        if self.system == "moh":
+            shared, active = self.settings["shared"], self.settings["active"]
+            routed = len(self.head_scores[0]) - shared
+            return (
+                f"In each of {len(self.head_scores)} layers every token uses {shared} shared heads and chooses "
+                f"{active} of the other {routed} by the norms of their queries."
+            )
+        kept, total = sum(map(sum, self.retrieval)), sum(map(len, self.retrieval))
+        sinks, recent = self.settings.get("sinks"), self.settings.get("recent")
+        window = f"the first {sinks} and the last {recent} tokens" if sinks is not None and recent else "a short window"
+        return (
+            f"{kept} of the model's {total} key/value heads keep their whole cache; "
+            f"the other {total - kept} now keep only {window}."
+        )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,19 @@ from torch import Tensor
 
 from manyheads.adapt.duo_attention import DuoAttention, check_fits
 from manyheads.adapt.duo_pattern import binarize, load_pattern
+from manyheads.adapt.mixture_of_heads import MixtureOfHeads
 from manyheads.bench.language import Advance, check_sizes, faster, measure, pieces
 from manyheads.bench.trial import Trial
 from manyheads.data.needles import NEEDLES
+from manyheads.data.text import documentation_split
 from manyheads.interpret.attach import geometry
 from manyheads.interpret.retrieval_heads import RetrievalHeads, retrieval_heads
 from manyheads.interpret.retrieval_result import read_scores
 
-METHODS = ("duo_attention",)
+METHODS = ("duo_attention", "moh")
 EXAMPLE_TOKENS = 48
+# Tokens of real text over which the use of moh's heads is counted.
+USE_TOKENS = 512
 
 
 def try_method(
@@ -32,9 +36,11 @@ def try_method(
     tokenizer: Any,
     *,
     model_name: str = "",
-    sparsity: float = 0.5,
-    sinks: int = 16,
-    recent: int = 128,
+    sparsity: float | None = None,
+    sinks: int | None = None,
+    recent: int | None = None,
+    shared: int | None = None,
+    active: int | None = None,
     lengths: Sequence[int] = (256, 512, 1024, 2048),
     depths: Sequence[float] = (0.0, 50.0, 100.0),
     chunk: int = 128,
@@ -44,63 +50,64 @@ def try_method(
 ) -> Trial:
     """Measure a model, attach a method, and measure again.
 
-    The defaults suit a small model with a context of a few thousand tokens: the 16 + 128 tokens that streaming heads
-    keep are 7 % of the longest context here. (The authors deploy 64 + 256 for contexts of 32,000 tokens and more.)
-    Heads are scored on other needles and another part of the text than those that measure.
+    DuoAttention's defaults suit a small model with a context of a few thousand tokens: the 16 + 128 tokens that
+    streaming heads keep are 7 % of the longest context here. (The authors deploy 64 + 256 for contexts of 32,000 tokens
+    and more.) Heads are scored on other needles and another part of the text than those that measure.
 
     Args:
-        system: slug of a method that changes a pretrained language model: "duo_attention".
+        system: slug of a method that changes a pretrained language model: "duo_attention" or "moh".
         model: a Hugging Face causal language model, unchanged afterwards.
         tokenizer: its tokenizer.
         model_name: the name for the report.
-        sparsity: share of key/value heads that stream.
-        sinks: first tokens that streaming heads keep.
-        recent: last tokens that streaming heads keep.
+        sparsity: duo_attention: share of key/value heads that stream; None means 0.5.
+        sinks: duo_attention: first tokens that streaming heads keep; None means 16.
+        recent: duo_attention: last tokens that streaming heads keep; None means 128.
+        shared: moh: heads of each layer that every token uses; None means half of them, as published.
+        active: moh: how many of the others each token uses; None means a quarter of all heads, as published.
         lengths: context lengths of the needle tests; the longest is also the timed prefill.
         depths: depths of the needle in percent.
         chunk: tokens of one prefill call.
-        heads: where the heads' strengths come from instead of scoring them here: a folder of the authors
-            (full_attention_heads.tsv), or a json file of retrieval scores.
+        heads: duo_attention: where the heads' strengths come from instead of scoring them here: a folder of the
+            authors (full_attention_heads.tsv), or a json file of retrieval scores.
         seed: chooses the stretch of text that the heads are scored on.
         progress: show progress bars on standard error.
 
     Raises:
-        ValueError: an unknown system (the nearest name is suggested), options or files that do not fit the model.
+        ValueError: an unknown system (the nearest name is suggested), an option of another one, options or files that
+            do not fit the model.
     """
     if system not in METHODS:
         near = difflib.get_close_matches(system, METHODS, n=1, cutoff=0.3)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"{system!r} cannot be tried on a language model{hint} (choose from: {', '.join(METHODS)})")
+    options = {
+        "duo_attention": {"sparsity": sparsity, "sinks": sinks, "recent": recent, "heads": heads},
+        "moh": {"shared": shared, "active": active},
+    }
+    for other in METHODS:
+        foreign = [name for name, value in options[other].items() if other != system and value is not None]
+        if foreign:
+            raise ValueError(f"{foreign[0]} is an option of {other}; {system} has {', '.join(options[system])}")
     check_sizes(model, lengths, depths, chunk)
-    # Bad settings are told before minutes of scoring, and so is a model that the method cannot be attached to.
-    sizes = geometry(model)
-    everything = torch.ones(sizes.layers, sizes.kv_heads, dtype=torch.bool)
-    DuoAttention(everything, sinks=sinks, recent=recent)
-    check_fits(model, everything)
-    binarize(torch.ones(1, 1), sparsity=sparsity)
+    prepare = {"duo_attention": _duo_attention, "moh": _mixture_of_heads}[system]
+    given = {name: value for name, value in options[system].items() if value is not None}
+    attach, scores, kept, settings = prepare(model, tokenizer, seed=seed, progress=progress, **given)
 
-    source, scores, retrieval = _strengths(model, tokenizer, heads, sparsity, seed, progress)
-    duo = DuoAttention(retrieval, sinks=sinks, recent=recent)
     sized: dict[str, Any] = dict(lengths=lengths, depths=depths, chunk=chunk)
     with _bar("measuring before", pieces(lengths, depths), progress) as advance:
         before = measure(model, tokenizer, advance=advance, **sized)
-    with _bar("measuring after", pieces(lengths, depths), progress) as advance, duo(model):
+    with _bar("measuring after", pieces(lengths, depths), progress) as advance, attach(model):
         after = measure(model, tokenizer, advance=advance, **sized)
     # A machine that was busy for a minute would otherwise make one of the two look slow: both get a second turn.
     with _bar("speed again", 2, progress) as advance:
         before = faster(before, model, tokenizer, chunk=chunk)
         advance("before")
-        with duo(model):
+        with attach(model):
             after = faster(after, model, tokenizer, chunk=chunk)
         advance("after")
     tokens, patterns = attention_patterns(model, tokenizer)
-    settings = {
-        "sparsity": sparsity,
-        "sinks": sinks,
-        "recent": recent,
+    settings |= {
         "prefill_chunk": chunk,
-        "heads_from": source,
-        "retrieval_heads_kept": int(duo.retrieval.sum()),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "seed": seed,
@@ -110,7 +117,7 @@ def try_method(
         model=model_name or str(getattr(model, "name_or_path", "")),
         settings=settings,
         head_scores=scores.tolist(),
-        retrieval=duo.retrieval.tolist(),
+        retrieval=kept.tolist(),
         depths=[float(depth) for depth in depths],
         lengths=[int(length) for length in lengths],
         tokens=tokens,
@@ -118,6 +125,55 @@ def try_method(
         before=before,
         after=after,
     )
+
+
+# What attaches a method, the scores of all heads, which heads are framed, and the settings for the report.
+_Prepared = tuple[Callable[[Any], AbstractContextManager], Tensor, Tensor, dict[str, Any]]
+
+
+def _duo_attention(
+    model: Any,
+    tokenizer: Any,
+    *,
+    sparsity: float = 0.5,
+    sinks: int = 16,
+    recent: int = 128,
+    heads: str | Path | None = None,
+    seed: int,
+    progress: bool,
+) -> _Prepared:
+    # Bad settings are told before minutes of scoring, and so is a model that the method cannot be attached to.
+    sizes = geometry(model)
+    everything = torch.ones(sizes.layers, sizes.kv_heads, dtype=torch.bool)
+    DuoAttention(everything, sinks=sinks, recent=recent)
+    check_fits(model, everything)
+    binarize(torch.ones(1, 1), sparsity=sparsity)
+    source, scores, retrieval = _strengths(model, tokenizer, heads, sparsity, seed, progress)
+    duo = DuoAttention(retrieval, sinks=sinks, recent=recent)
+    settings = {
+        "sparsity": sparsity,
+        "sinks": sinks,
+        "recent": recent,
+        "heads_from": source,
+        "retrieval_heads_kept": int(duo.retrieval.sum()),
+    }
+    return duo, scores, duo.retrieval, settings
+
+
+@torch.no_grad()
+def _mixture_of_heads(
+    model: Any, tokenizer: Any, *, shared: int | None = None, active: int | None = None, seed: int, progress: bool
+) -> _Prepared:
+    published = MixtureOfHeads.published(model)
+    choice = MixtureOfHeads(
+        published.shared if shared is None else shared, published.active if active is None else active
+    )
+    text = tokenizer(documentation_split()[0], verbose=False)["input_ids"][997 * seed :][:USE_TOKENS]
+    with _bar("counting the use of heads", 1, progress), choice(model) as routing:
+        model(torch.tensor([text], device=model.device), use_cache=False)
+    use = routing.head_mask().float().mean((1, 2)).cpu()
+    framed = (torch.arange(use.shape[1]) < choice.shared).expand(use.shape)
+    return choice, use, framed, {"shared": choice.shared, "active": choice.active, "heads_from": "query norms"}
 
 
 def _strengths(

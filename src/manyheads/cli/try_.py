@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Annotated
 
@@ -21,18 +22,30 @@ from manyheads.cli.output import (
 
 
 def try_(
-    system: Annotated[str, typer.Argument(help="A method that changes a pretrained model: duo_attention.")],
+    system: Annotated[str, typer.Argument(help="A method that changes a pretrained model: duo_attention or moh.")],
     model: Annotated[str, typer.Option(help="smollm2, a directory, or a Hugging Face hub id.")] = "smollm2",
-    sparsity: Annotated[float, typer.Option(help="Share of key/value heads that stream, 0 to 1.")] = 0.5,
-    sinks: Annotated[int, typer.Option(help="First tokens that streaming heads keep.")] = 16,
-    recent: Annotated[int, typer.Option(help="Last tokens that streaming heads keep.")] = 128,
+    sparsity: Annotated[
+        float | None, typer.Option(help="DuoAttention: share of key/value heads that stream, 0 to 1 (0.5).")
+    ] = None,
+    sinks: Annotated[
+        int | None, typer.Option(help="DuoAttention: first tokens that streaming heads keep (16).")
+    ] = None,
+    recent: Annotated[
+        int | None, typer.Option(help="DuoAttention: last tokens that streaming heads keep (128).")
+    ] = None,
+    shared: Annotated[
+        int | None, typer.Option(help="MoH: heads of a layer that every token uses (half of them).")
+    ] = None,
+    active: Annotated[
+        int | None, typer.Option(help="MoH: how many of the others a token uses (a quarter of all).")
+    ] = None,
     lengths: Annotated[
         str, typer.Option(help="Context lengths of the needle tests; the longest is timed.")
     ] = "256,512,1024,2048",
     depths: Annotated[str, typer.Option(help="Depths of the needle in percent.")] = "0,50,100",
     heads: Annotated[
         Path | None,
-        typer.Option(help="Use these instead of scoring heads: a folder with gates (tsv) or a json file of scores."),
+        typer.Option(help="DuoAttention: a folder of gates (tsv) or a json file of scores, instead of scoring here."),
     ] = None,
     chunk: Annotated[int, typer.Option(help="Tokens of one prefill call.")] = 128,
     seed: Annotated[int, typer.Option(help="Chooses the text that heads are scored on.")] = 0,
@@ -45,8 +58,8 @@ def try_(
 
     Perplexity, needle tests, bytes of the KV cache and speed, before and after. Prompts are fed in chunks, because
     DuoAttention attends to a first chunk in full. The defaults keep 16 + 128 tokens in streaming heads, which suits a
-    small model and a few thousand tokens; the authors deploy 64 + 256 for long contexts. JSON leaves out the attention
-    patterns, which are in the page.
+    small model and a few thousand tokens; the authors deploy 64 + 256 for long contexts. MoH scores nothing: a token's
+    longest queries choose its heads. JSON leaves out the attention patterns, which are in the page.
     """
     asked, deep = _numbers("--lengths", lengths, int), _numbers("--depths", depths, float)
     place, kind = resolve_device(device), resolve_dtype(dtype)
@@ -60,8 +73,8 @@ def try_(
         )
     loaded, tokenizer = load_language_model(model, device=place, dtype=kind)
     trial = try_method(
-        system, loaded, tokenizer, model_name=model, sparsity=sparsity, sinks=sinks, recent=recent, lengths=asked,
-        depths=deep, chunk=chunk, heads=heads, seed=seed,
+        system, loaded, tokenizer, model_name=model, sparsity=sparsity, sinks=sinks, recent=recent, shared=shared,
+        active=active, lengths=asked, depths=deep, chunk=chunk, heads=heads, seed=seed,
     )  # fmt: skip
     from manyheads.report import write_trial_report
 
@@ -76,12 +89,8 @@ def try_(
 
 def _print(trial) -> None:
     before, after = trial.before, trial.after
-    kept, total = sum(map(sum, trial.retrieval)), sum(map(len, trial.retrieval))
-    typer.echo(
-        f"{trial.system} on {trial.model}: {kept} of {total} key/value heads keep all tokens,\n"
-        f"the others {trial.settings['sinks']} + {trial.settings['recent']}. "
-        f"Heads from {trial.settings['heads_from']}."
-    )
+    told = f"{trial.system} on {trial.model}: {trial.sentence} Heads from {trial.settings['heads_from']}."
+    typer.echo(textwrap.fill(told, 80))
     rows = [
         [
             "perplexity",

@@ -13,6 +13,7 @@ from manyheads.cost.vision import (
     hilo,
     injective,
     mixer_gate,
+    mixture_of_heads,
     multi_axis,
     reversed_,
     spectral,
@@ -35,6 +36,7 @@ FORMULAS = {
     "litv2": hilo,
     "maxvit": multi_axis,
     "ninformer": mixer_gate,
+    "moh": mixture_of_heads,
     "spectformer": spectral,
     "transnext": aggregated,
     "duo_attention": duo,
@@ -66,7 +68,8 @@ def cost(
             (lightning), ``regions`` and ``topk`` (biformer), ``window`` (tokens of a side) and ``alpha`` (litv2),
             ``window`` (likewise) and ``pooled`` (transnext), ``partition`` (maxvit), ``block`` and ``halo`` (halonet),
             ``tokens_hidden`` and ``channels_hidden`` (ninformer, units of the gate's two feed-forwards),
-            ``retrieval``, ``sinks``, ``recent`` and ``chunk`` (duo_attention), ``causal`` (dense).
+            ``shared`` and ``active`` heads (moh), ``retrieval``, ``sinks``, ``recent`` and ``chunk``
+            (duo_attention), ``causal`` (dense).
 
     Raises:
         ValueError: a system without formulas, a setting that it does not have, sizes below one, or heads that are not
@@ -87,7 +90,7 @@ def cost(
     kv_heads = heads if kv_heads is None else kv_heads
     sizes: dict[str, int] = dict(length=length, batch=batch, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
     for name, size in (sizes | {"element_bytes": element_bytes} | settings).items():
-        if size < (0 if name in ("alpha", "causal", "retrieval", "sinks") else 1):
+        if size < (0 if name in ("active", "alpha", "causal", "retrieval", "shared", "sinks") else 1):
             raise ValueError(f"{name} must be at least 1, got {size}")
     if heads % kv_heads:
         raise ValueError(f"heads ({heads}) must be a multiple of kv_heads ({kv_heads})")

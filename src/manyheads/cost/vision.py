@@ -76,6 +76,28 @@ def aggregated(shape: Shape, *, window: int = 3, pooled: int = 49) -> Cost:
     )
 
 
+def mixture_of_heads(shape: Shape, *, shared: int | None = None, active: int | None = None) -> Cost:
+    """MoH: a token reads with ``shared`` heads (a quarter) and ``active`` others (half), chosen from its channels."""
+    used = (shape.heads // 4 if shared is None else shared) + (shape.heads // 2 if active is None else active)
+    if not 1 <= used <= shape.heads:
+        raise ValueError(f"shared + active = {used} must be at least 1 and at most heads ({shape.heads})")
+    tokens, width = shape.batch * shape.length, shape.heads * shape.head_dim
+    router = 2.0 * tokens * width * (shape.heads + 2)
+    operations = 4.0 * tokens * shape.length * shape.head_dim * used
+    return Cost(
+        settings=f"{used} of {shape.heads} heads a token",
+        formula="forward 4 N^2 D for each head used and 2 N D H (H + 2) to choose them; backward 2.5 times the former "
+        "and twice the latter",
+        causal=False,
+        forward_flops=operations + router,
+        backward_flops=2.5 * operations + 2 * router,
+        traffic_bytes=shape.operand_bytes,
+        # Keys and values are cached for all heads: the next token may choose any.
+        state_bytes=2.0 * tokens * shape.kv_heads * shape.head_dim * shape.element_bytes,
+        decode_flops=(operations + router) / shape.length,
+    )
+
+
 def spectral(shape: Shape) -> Cost:
     """SpectFormer: two Fourier transforms of every channel and a product with the filter; the heads are channels."""
     numbers = float(shape.rows * shape.head_dim)

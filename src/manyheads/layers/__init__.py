@@ -15,6 +15,7 @@ from manyheads.layers.latent import CrossLayer, LatentAttention, SelfLayer
 from manyheads.layers.lightning import TNLAttention
 from manyheads.layers.maxvit import MBConv, MultiAxisAttention, PartitionAttention
 from manyheads.layers.mixer_gate import MixerGating, TokenMixer
+from manyheads.layers.mixture_of_heads import HeadRouter, MixtureOfHeadsAttention, collect_routing
 from manyheads.layers.neighborhood import NeighborhoodAttention
 from manyheads.layers.shifted_window import ShiftedWindowAttention
 from manyheads.layers.shvit import SingleHeadAttention
@@ -38,6 +39,7 @@ __all__ = [
     "DeformableMerging",
     "FANBlock",
     "HaloAttention",
+    "HeadRouter",
     "HiLoAttention",
     "InLineAttention",
     "InLineStripeAttention",
@@ -45,6 +47,7 @@ __all__ = [
     "MBConv",
     "MessageController",
     "MixerGating",
+    "MixtureOfHeadsAttention",
     "MultiAxisAttention",
     "NeighborhoodAttention",
     "PartitionAttention",
@@ -61,4 +64,5 @@ __all__ = [
     "TokenAwarePooling",
     "TokenMixer",
     "WindowAttention",
+    "collect_routing",
 ]

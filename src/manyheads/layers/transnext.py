@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 from manyheads.engines.common import check_choice
 from manyheads.engines.dense import attention
+from manyheads.layers.mixture_of_heads import HeadRouter
 from manyheads.ops.aggregated import aggregated_attention, length_scaled_query
+from manyheads.ops.mixture_of_heads import mixture_of_heads_attention
 
 Grid = tuple[int, int]
 BIASES = ("extrapolate", "interpolate")
@@ -126,6 +128,9 @@ class AggregatedAttention(nn.Module):
         position_bias: "extrapolate" or "interpolate", see ``PositionBias``.
         qkv_bias: bias of the input projections.
         attn_drop: dropout on the joint attention weights.
+        routing: (shared, active) for mixture-of-head attention: every position uses the first ``shared`` heads and the
+            ``active`` best of the others, each with a gate of its own (arXiv 2410.11842). All heads are computed, for a
+            head reads 9 neighbours and a small pooled map as cheaply as its queries are sorted. None has no gates.
         backend: as in ``manyheads.ops.aggregated.aggregated_attention``.
 
     Shape: channels-last (batch, X, Y, dim), returned as it came.
@@ -154,6 +159,7 @@ class AggregatedAttention(nn.Module):
         position_bias: str = "extrapolate",
         qkv_bias: bool = True,
         attn_drop: int | float = 0.0,
+        routing: tuple[int, int] | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -164,6 +170,7 @@ class AggregatedAttention(nn.Module):
             raise ValueError(f"sr_ratio={sr_ratio} and fixed_pool_size={fixed_pool_size} must be positive")
         self.heads, self.window, self.sr_ratio, self.fixed_pool_size = heads, window, sr_ratio, fixed_pool_size
         self.attn_drop, self.backend = attn_drop, backend
+        self.router = None if routing is None else HeadRouter(dim, heads, shared=routing[0], active=routing[1])
         self.temperature = nn.Parameter(torch.full((heads, 1, 1), TEMPERATURE))
         self.query_embedding = nn.Parameter(torch.empty(heads, 1, dim // heads))
         self.relative_pos_bias_local = nn.Parameter(torch.empty(heads, window**2))
@@ -223,6 +230,8 @@ class AggregatedAttention(nn.Module):
             dropout=self.attn_drop if self.training else 0.0,
             backend=self.backend,
         )
+        if self.router is not None:
+            out = out * rearrange(self.router(x).gates, "b x y h -> b h x y 1")
         return self.proj(rearrange(out, "b h x y d -> b x y (h d)"))
 
 
@@ -235,6 +244,7 @@ class CosineAttention(nn.Module):
         pretrain_side, base, position_bias: as in ``AggregatedAttention``.
         qkv_bias: bias of the fused input projection (order q, k, v).
         attn_drop: dropout on the attention weights.
+        routing: as in ``AggregatedAttention``; on large maps, heads that few positions chose read for these alone.
 
     Shape: channels-last (batch, X, Y, dim), returned as it came.
 
@@ -258,10 +268,12 @@ class CosineAttention(nn.Module):
         position_bias: str = "extrapolate",
         qkv_bias: bool = True,
         attn_drop: int | float = 0.0,
+        routing: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         _check_heads(dim, heads)
         self.heads, self.attn_drop = heads, attn_drop
+        self.router = None if routing is None else HeadRouter(dim, heads, shared=routing[0], active=routing[1])
         self.temperature = nn.Parameter(torch.full((heads, 1, 1), TEMPERATURE))
         self.query_embedding = nn.Parameter(torch.empty(heads, 1, dim // heads))
         trunc_normal_(self.query_embedding, std=0.02)
@@ -277,8 +289,12 @@ class CosineAttention(nn.Module):
         query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
         query = length_scaled_query(query, self.temperature, grid[0] * grid[1], self.query_embedding).to(value.dtype)
         bias = self.position(grid, grid).to(value.dtype)
+        gates = None if self.router is None else rearrange(self.router(x).gates, "b x y h -> b h (x y)")
         if self.training and self.attn_drop:
             out = F.scaled_dot_product_attention(query, key, value, bias, dropout_p=self.attn_drop, scale=1.0)
+            out = out if gates is None else out * gates[..., None]
+        elif gates is not None:
+            out = mixture_of_heads_attention(query, key, value, gates, bias=bias[None], scale=1.0)
         else:
             out = cast(Tensor, attention(query, key, value, bias=bias[None], scale=1.0))
         return self.proj(rearrange(out, "b h (x y) d -> b x y (h d)", x=grid[0]))

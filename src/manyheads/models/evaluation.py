@@ -25,7 +25,7 @@ from tqdm import tqdm
 from manyheads.data.corruptions import SEVERITIES, check_corruption, corrupt
 from manyheads.models.image_data import ImageData, load_images
 from manyheads.models.recipes import recipe_for
-from manyheads.models.registry import create_model
+from manyheads.models.registry import check_classifies, create_model
 from manyheads.models.training import fit_to_size, test_transform
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -179,6 +179,7 @@ def prepare(
     images = load_images(data, image_size=image_size) if isinstance(data, str) else data
     name = model if isinstance(model, str) else type(model).__name__
     if isinstance(model, str):
+        check_classifies(model)
         options = {"num_classes": images.classes, **(model_options or {})}
         model = create_model(model, checkpoint=checkpoint, **options)
     model = model.to(device, DTYPES[dtype]).eval()

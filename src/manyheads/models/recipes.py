@@ -34,6 +34,7 @@ class Recipe:
         hflip: probability of a mirror image.
         crop_pct: share of the image's side that evaluation keeps (224 of 256 pixels is 0.875).
         diversification: weight of the attention diversification loss, see ``manyheads.objectives.diversification``.
+        head_balance: weight of the load-balancing loss, in models whose tokens choose their heads.
     """
 
     optimizer: str = "adamw"
@@ -58,6 +59,7 @@ class Recipe:
     hflip: float = 0.5
     crop_pct: float = 0.875
     diversification: float = 0.0
+    head_balance: float = 0.01
 
 
 # arXiv 2204.03645 (its script's 10 epochs at the lowest rate after the cosine are left out); arXiv 2303.08810 (without
@@ -80,6 +82,8 @@ _TRANSNEXT = Recipe(linear_scaling=False, clip_grad=1.0, drop_path=0.15)
 _TRANSNEXT_384 = dataclasses.replace(
     _TRANSNEXT, lr=1e-5, min_lr=1e-5, warmup_lr=1e-5, epochs=5, warmup_epochs=0, cutmix=0.0, drop_path=0.7, crop_pct=1.0
 )
+# arXiv 2410.11842: the backbone's own, with the default weight of the load-balancing loss.
+_MOH_SMALL, _MOH_BASE = (dataclasses.replace(_TRANSNEXT, drop_path=drop) for drop in (0.45, 0.6))
 # arXiv 2401.16456, batches of 2,048; its repeated augmentation and averaged weights are left out.
 _SHVIT = Recipe(lr=2e-3, min_lr=5e-6, drop_path=0.0, adaptive_clip=0.02)
 # arXiv 2312.08874 and 2412.06590 share one program. Left out: the 10 epochs at the lowest rate after the cosine (PVT,
@@ -170,6 +174,8 @@ RECIPES = {
     "biformer_tiny": Recipe(),
     "biformer_small": Recipe(drop_path=0.15),
     "biformer_base": Recipe(drop_path=0.4),
+    **{f"moh_transnext_small_{share}": _MOH_SMALL for share in (80, 75)},
+    **{f"moh_transnext_base_{share}": _MOH_BASE for share in (75, 50)},
     "transnext_tiny": dataclasses.replace(_TRANSNEXT, drop_path=0.25),
     "transnext_small": dataclasses.replace(_TRANSNEXT, drop_path=0.45),
     "transnext_base": dataclasses.replace(_TRANSNEXT, drop_path=0.6),

@@ -73,6 +73,13 @@ def list_models(pattern: str = "*") -> list[str]:
     return [name for name in names if fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(name[len(PREFIX) :], pattern)]
 
 
+def check_classifies(name: str) -> None:
+    """Raise ValueError if ``name`` is a registered model without a classifier."""
+    full_name = name if name.startswith(PREFIX) else PREFIX + name
+    if full_name in list_models() and not timm.get_pretrained_cfg(full_name).classifier:  # pyright: ignore
+        raise ValueError(f"model {name!r} has no classifier: images with labels neither train nor judge it")
+
+
 def register(
     name: str,
     model_class: type[nn.Module],

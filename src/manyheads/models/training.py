@@ -12,6 +12,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -27,10 +28,11 @@ from torchvision import transforms
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from manyheads.engines.common import check_choice
+from manyheads.layers.mixture_of_heads import collect_routing
 from manyheads.models.checkpoints import save_checkpoint
 from manyheads.models.image_data import ImageData, LabelledImages, load_images
 from manyheads.models.recipes import Recipe, recipe_for
-from manyheads.models.registry import create_model
+from manyheads.models.registry import check_classifies, create_model
 from manyheads.models.vision.token_robustness import attention_maps
 from manyheads.objectives.diversification import attention_diversification_loss
 
@@ -113,11 +115,13 @@ def train_vision(
         callbacks: transformers' callbacks to run along.
 
     Raises:
-        ValueError: unknown names, an odd batch, more images a step than there are, no training part, an output
-            directory that holds another run, a negative weight of the ADL or a model that cannot show its attention.
+        ValueError: unknown names, a model that classifies nothing, an odd batch, more images a step than there are, no
+            training part, an output directory that holds another run, a negative weight of the ADL or a model that
+            cannot show its attention.
 
     Source: "DaViT: Dual Attention Vision Transformers", arXiv 2204.03645; "BiFormer", arXiv 2303.08810.
     """
+    check_classifies(model)
     output = Path(output)
     images = load_images(data, image_size=image_size) if isinstance(data, str) else data
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -200,7 +204,7 @@ def train_vision(
     if recipe.mixup or recipe.cutmix:
         mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=images.classes)
     trainer = _Trainer(
-        model=_Classifier(network, recipe.label_smoothing, mix, recipe.diversification),
+        model=_Classifier(network, recipe, mix),
         args=arguments,
         data_collator=_collate,
         train_dataset=train,
@@ -293,15 +297,12 @@ def test_transform(model: nn.Module, size: int, recipe: Recipe) -> Callable:
 class _Classifier(nn.Module):
     """A vision model that speaks the trainer's language; while it trains, it mixes images and targets."""
 
-    def __init__(
-        self, network: nn.Module, label_smoothing: float, mix: Mixup | None, diversification: float = 0.0
-    ) -> None:
+    def __init__(self, network: nn.Module, recipe: Recipe, mix: Mixup | None) -> None:
         super().__init__()
-        self.network, self.label_smoothing, self.mix = network, label_smoothing, mix
-        self.diversification = diversification
+        self.network, self.recipe, self.mix = network, recipe, mix
 
     def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        targets, smoothing = labels, self.label_smoothing if self.training else 0.0
+        targets, smoothing = labels, self.recipe.label_smoothing if self.training else 0.0
         if self.training and self.mix is not None:
             # On a copy, because timm mixes in place; its targets are smooth already.
             pixel_values, targets = self.mix(pixel_values.clone(), labels)
@@ -311,13 +312,18 @@ class _Classifier(nn.Module):
             outputs = self.network(pixel_values)
             loss = cast(Any, self.network).training_loss(outputs, targets, label_smoothing=smoothing)
             return {"loss": loss, "logits": outputs[-1]}
-        if not (self.training and self.diversification):
-            logits = self.network(pixel_values)
-            return {"loss": F.cross_entropy(logits.float(), targets, label_smoothing=smoothing), "logits": logits}
-        with attention_maps(self.network) as maps:
+        diverse = self.training and self.recipe.diversification > 0
+        with (
+            attention_maps(self.network) if diverse else nullcontext([]) as maps,
+            collect_routing(self.network) as routing,
+        ):
             logits = self.network(pixel_values)
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
-        return {"loss": loss + self.diversification * attention_diversification_loss(maps), "logits": logits}
+        if diverse:
+            loss = loss + self.recipe.diversification * attention_diversification_loss(maps)
+        if self.training and routing:
+            loss = loss + self.recipe.head_balance * routing.balance_loss()
+        return {"loss": loss, "logits": logits}
 
 
 def _collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:

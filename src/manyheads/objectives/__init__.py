@@ -1,7 +1,14 @@
 """Losses and regularisers that papers add to training."""
 
+from manyheads.objectives.diffusion import diffusion_loss
 from manyheads.objectives.distillation import gate_regulariser, hidden_distillation
 from manyheads.objectives.diversification import attention_diversification_loss
 from manyheads.objectives.self_distillation import self_distillation_loss
 
-__all__ = ["attention_diversification_loss", "gate_regulariser", "hidden_distillation", "self_distillation_loss"]
+__all__ = [
+    "attention_diversification_loss",
+    "diffusion_loss",
+    "gate_regulariser",
+    "hidden_distillation",
+    "self_distillation_loss",
+]

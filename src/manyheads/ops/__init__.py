@@ -9,6 +9,13 @@ from manyheads.ops.hilo import hilo_attention, low_head_count
 from manyheads.ops.inline import inline_attention, inline_attention_step, inline_weights
 from manyheads.ops.lightning import lightning_attention, lightning_attention_step, lightning_slopes
 from manyheads.ops.mixer_gate import GateWeights, mixer_gating, resize_token_mixing, token_mixing_gate
+from manyheads.ops.mixture_of_heads import (
+    Routing,
+    learned_routing,
+    load_balance_loss,
+    mixture_of_heads_attention,
+    query_norm_routing,
+)
 from manyheads.ops.multi_axis import block_attention, grid_attention, relative_bias
 from manyheads.ops.neighborhood import neighborhood_attention, neighborhood_decode
 from manyheads.ops.neighborhood_plan import neighborhood_mask
@@ -20,6 +27,7 @@ from manyheads.ops.window import window_attention, window_merge, window_partitio
 
 __all__ = [
     "GateWeights",
+    "Routing",
     "TokenMatching",
     "agent_attention",
     "agent_weights",
@@ -34,16 +42,20 @@ __all__ = [
     "inline_attention",
     "inline_attention_step",
     "inline_weights",
+    "learned_routing",
     "length_scaled_query",
     "lightning_attention",
     "lightning_attention_step",
     "lightning_slopes",
+    "load_balance_loss",
     "low_head_count",
     "match_tokens",
     "mixer_gating",
+    "mixture_of_heads_attention",
     "neighborhood_attention",
     "neighborhood_decode",
     "neighborhood_mask",
+    "query_norm_routing",
     "relative_bias",
     "resize_filter",
     "resize_token_mixing",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +49,8 @@ def write_trial_report(trial: Trial, folder: str | Path) -> Path:
         folder,
         trial=trial,
         paper=catalog.get(trial.system),
-        sentence=_sentence(trial, kept, total),
+        sentence=trial.sentence,
+        words=trial.words,
         kept=kept,
         total=total,
         summary=summary,
@@ -59,20 +60,12 @@ def write_trial_report(trial: Trial, folder: str | Path) -> Path:
     )
 
 
-def _sentence(trial: Trial, kept: int, total: int) -> str:
-    sinks, recent = trial.settings.get("sinks"), trial.settings.get("recent")
-    window = f"the first {sinks} and the last {recent} tokens" if sinks is not None and recent else "a short window"
-    return (
-        f"{kept} of the model's {total} key/value heads keep their whole cache; "
-        f"the other {total - kept} now keep only {window}."
-    )
-
-
 def _payload(trial: Trial) -> dict:
     patterns = np.asarray(trial.patterns, dtype=np.uint8)
     return {
         "scores": [[round(score, 4) for score in row] for row in trial.head_scores],
         "retrieval": trial.retrieval,
+        "words": asdict(trial.words),
         "tokens": trial.tokens,
         "patterns": base64.b64encode(patterns.tobytes()).decode(),
     }

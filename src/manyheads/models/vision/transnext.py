@@ -96,6 +96,8 @@ class TransNeXt(Backbone):
             "interpolate", the default of the authors' dense-prediction code, resizes the biases of ``img_size``.
         fixed_pool_size: cells a side of the pooled maps whatever the image, which makes the cost linear in the
             pixels ("linear inference mode"); None follows ``sr_ratios``.
+        shared_heads, active_heads: per stage, for mixture-of-head attention (arXiv 2410.11842), the heads that every
+            position uses, and how many of the others it chooses; None for both has plain multi-head attention.
         qkv_bias: bias of the attention's input projections.
         attn_drop_rate: dropout on attention weights.
         drop_rate: dropout before the classifier.
@@ -133,6 +135,8 @@ class TransNeXt(Backbone):
         pretrain_size: int | None = None,
         position_bias: str = "extrapolate",
         fixed_pool_size: int | None = None,
+        shared_heads: Sequence[int] | None = None,
+        active_heads: Sequence[int] | None = None,
         qkv_bias: bool = True,
         attn_drop_rate: int | float = 0.0,
         drop_rate: int | float = 0.0,
@@ -141,6 +145,10 @@ class TransNeXt(Backbone):
         super().__init__()
         per_stage = {"embed_dims": embed_dims, "depths": depths, "num_heads": num_heads}
         per_stage |= {"mlp_ratios": mlp_ratios, "sr_ratios": sr_ratios}
+        if (shared_heads is None) != (active_heads is None):
+            raise ValueError(f"shared_heads={shared_heads} and active_heads={active_heads} belong together")
+        if shared_heads is not None and active_heads is not None:
+            per_stage |= {"shared_heads": shared_heads, "active_heads": active_heads}
         if len({len(option) for option in per_stage.values()}) > 1:
             raise ValueError(f"options differ in length: {per_stage}")
         pretrain_size = img_size if pretrain_size is None else pretrain_size
@@ -163,6 +171,8 @@ class TransNeXt(Backbone):
                 "qkv_bias": qkv_bias,
                 "attn_drop": attn_drop_rate,
             }
+            if shared_heads is not None and active_heads is not None:
+                sizes["routing"] = (shared_heads[s], active_heads[s])
 
             def mixer(dim: int = dim, heads: int = heads, ratio: int = ratio, sizes: dict = sizes) -> nn.Module:
                 if ratio == 1:
@@ -213,6 +223,7 @@ _OFFICIAL = [
     *((rf"^norm{s + 1}\.", f"stages.{s}.norm.") for s in range(4)),
     (r"\.mlp\.dwconv\.dwconv\.", ".mlp.dwconv."),
     (r"\.attn\.cpb_fc", ".attn.position.cpb_fc"),
+    (r"\.attn\.(wg(_[01])?)\.", r".attn.router.\1."),
 ]
 
 

@@ -1,6 +1,6 @@
 "use strict";
 (() => {
-  const { scores, retrieval, tokens, patterns } = JSON.parse(document.getElementById("trial-data").textContent);
+  const { scores, retrieval, words, tokens, patterns } = JSON.parse(document.getElementById("trial-data").textContent);
   const weights = Uint8Array.from(atob(patterns), (c) => c.charCodeAt(0));
   const layers = scores.length, heads = scores[0].length, perGroup = heads / retrieval[0].length, n = tokens.length;
   const $ = (id) => document.getElementById(id);
@@ -67,8 +67,8 @@
   });
 
   function describe(layer, head) {
-    const state = keeps(layer, head) ? "keeps its whole cache" : "streaming";
-    return [`Layer ${layer}, head ${head}`, `retrieval score ${scores[layer][head].toFixed(3)}`, `key/value head ${Math.floor(head / perGroup)} ${state}`];
+    const state = keeps(layer, head) ? words.kept : words.other;
+    return [`Layer ${layer}, head ${head}`, `${words.score} ${scores[layer][head].toFixed(3)}`, perGroup > 1 ? `key/value head ${Math.floor(head / perGroup)} ${state}` : state];
   }
 
   const tip = $("tip");
