@@ -22,10 +22,12 @@ import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_transform
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
 from torchvision import transforms
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from manyheads.engines.common import check_choice
 from manyheads.layers.mixture_of_heads import collect_routing
 from manyheads.models.checkpoints import save_checkpoint
 from manyheads.models.image_data import ImageData, LabelledImages, load_images
@@ -208,8 +210,8 @@ def train_vision(
         train_dataset=train,
         eval_dataset=images.test,
         compute_metrics=_accuracy,
-        optimizers=(make_optimizer(network, rate, recipe.weight_decay), None),
-        callbacks=[_Record(settings, train), *callbacks],
+        optimizers=(make_optimizer(network, rate, recipe.weight_decay, recipe.optimizer), None),
+        callbacks=[_Record(settings, train), _AdaptiveClip(network, recipe.adaptive_clip), *callbacks],
     )
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
 
@@ -230,8 +232,8 @@ def train_vision(
     return result
 
 
-def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW without decay on biases, norms and what ``model.no_weight_decay()`` names.
+def make_optimizer(model: nn.Module, lr: float, weight_decay: float, optimizer: str = "adamw") -> torch.optim.Optimizer:
+    """AdamW or SGD ("sgd") without decay on biases, norms and what ``model.no_weight_decay()`` names.
 
     Parameters that ``model.lr_scales()`` names learn at that share of the rate, through the whole schedule.
     """
@@ -247,7 +249,8 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.op
             if (chosen := [parameter for parameter in group["params"] if by_tensor[id(parameter)] == scale])
         ]
 
-    return create_optimizer_v2(model, "adamw", lr=lr, weight_decay=weight_decay, param_group_fn=groups)
+    check_choice("optimizer", optimizer, ("adamw", "sgd"))
+    return create_optimizer_v2(model, optimizer, lr=lr, weight_decay=weight_decay, param_group_fn=groups)
 
 
 def train_transform(model: nn.Module, size: int, recipe: Recipe) -> Callable:
@@ -337,6 +340,19 @@ class _Trainer(Trainer):
             return super().get_eval_dataloader(eval_dataset)
         finally:
             self.args.dataloader_drop_last = True
+
+
+class _AdaptiveClip(TrainerCallback):
+    """Before a step, shorten the gradient's rows that are long beside their weights; not the classifier's."""
+
+    def __init__(self, network: nn.Module, largest: float) -> None:
+        last = {id(parameter) for parameter in cast(Any, network).get_classifier().parameters()} if largest else set()
+        self.parameters = [parameter for parameter in network.parameters() if id(parameter) not in last]
+        self.largest = largest
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.largest:
+            adaptive_clip_grad(self.parameters, clip_factor=self.largest)
 
 
 class _Record(TrainerCallback):
