@@ -31,6 +31,7 @@ ADAPTERS = _Adapters(
     maxvit="maxvit",
     ninformer="ninformer",
     shvit="shvit",
+    sparsifiner="sparsifiner",
     biformer="biformer",
     neighborhood_attention="neighborhood_attention",
     lightning_attention="lightning_attention",
