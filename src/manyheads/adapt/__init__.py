@@ -4,6 +4,7 @@ from manyheads.adapt.agent_diffusion import AgentDiffusion
 from manyheads.adapt.duo_attention import DuoAttention
 from manyheads.adapt.duo_cache import DuoCache, live_bytes
 from manyheads.adapt.duo_gates import optimise_gates
+from manyheads.adapt.sparsifiner import train_sparsifiner
 
 __all__ = [
     "AgentDiffusion",
@@ -11,4 +12,5 @@ __all__ = [
     "DuoCache",
     "live_bytes",
     "optimise_gates",
+    "train_sparsifiner",
 ]

@@ -7,7 +7,7 @@ import inspect
 from typing import Any
 
 from manyheads.cost.formulas import Cost, Shape, bilevel_routing, channel, dense, duo, lightning, neighborhood
-from manyheads.cost.vision import aggregated, halo, hilo, mixer_gate, multi_axis, spectral
+from manyheads.cost.vision import aggregated, halo, hilo, mixer_gate, multi_axis, predicted_pairs, spectral
 
 __all__ = ["FORMULAS", "Cost", "cost"]
 
@@ -22,6 +22,7 @@ FORMULAS = {
     "litv2": hilo,
     "maxvit": multi_axis,
     "ninformer": mixer_gate,
+    "sparsifiner": predicted_pairs,
     "spectformer": spectral,
     "transnext": aggregated,
     "duo_attention": duo,
@@ -52,6 +53,7 @@ def cost(
         settings: the system's own sizes: ``window`` (neighborhood_attention, keys for every query), ``block``
             (lightning), ``regions`` and ``topk`` (biformer), ``window`` (tokens of a side) and ``alpha`` (litv2),
             ``window`` (likewise) and ``pooled`` (transnext), ``partition`` (maxvit), ``block`` and ``halo`` (halonet),
+            ``keep_rate``, ``reduce_channels``, ``reduce_tokens``, ``coefficients`` and ``basis_density`` (sparsifiner),
             ``tokens_hidden`` and ``channels_hidden`` (ninformer, units of the gate's two feed-forwards),
             ``retrieval``, ``sinks``, ``recent`` and ``chunk`` (duo_attention), ``causal`` (dense).
 

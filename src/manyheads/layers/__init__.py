@@ -14,6 +14,7 @@ from manyheads.layers.mixer_gate import MixerGating, TokenMixer
 from manyheads.layers.neighborhood import NeighborhoodAttention
 from manyheads.layers.shifted_window import ShiftedWindowAttention
 from manyheads.layers.shvit import SingleHeadAttention
+from manyheads.layers.sparsifiner import ConnectivityPredictor, SparsifiedAttention
 from manyheads.layers.spatial_reduction import SpatialReductionAttention
 from manyheads.layers.spectral import SpectralGating
 from manyheads.layers.transnext import AggregatedAttention, CosineAttention
@@ -24,6 +25,7 @@ __all__ = [
     "AggregatedAttention",
     "BiLevelRoutingAttention",
     "ChannelAttention",
+    "ConnectivityPredictor",
     "ConvFeedForward",
     "ConvGLU",
     "ConvPositionEncoding",
@@ -40,6 +42,7 @@ __all__ = [
     "PartitionAttention",
     "ShiftedWindowAttention",
     "SingleHeadAttention",
+    "SparsifiedAttention",
     "SpatialReductionAttention",
     "SpectralGating",
     "StripeAttention",

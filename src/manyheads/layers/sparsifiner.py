@@ -187,10 +187,11 @@ class SparsifiedAttention(nn.Module):
         if token_mask is not None and not self.reconstruct:
             alive = F.pad(token_mask, (1, 0), value=True)[:, None, :, None]
             query, key, value = query * alive, key * alive, value * alive
-        whole, prediction, index = self.reconstruct and self.training, None, None
+        whole, prediction, index, rule = self.reconstruct and self.training, None, None, PairRule()
         if self.mask_predictor is not None:
             prediction = self.mask_predictor(query, key, token_mask, sparse=not whole)
-            index = pair_index(prediction.scores, self.mask_predictor.rule, token_mask=token_mask, kept=kept)
+            rule = self.mask_predictor.rule
+            index = pair_index(prediction.scores, rule, token_mask=token_mask, kept=kept)
         going_on, found = self._keep(query, key, token_mask), None
         if details:
             mask = None if index is None else pair_mask(index, key.shape[2])
@@ -202,7 +203,7 @@ class SparsifiedAttention(nn.Module):
         elif prediction is None or index is None or whole:
             out = F.scaled_dot_product_attention(query, key, value)
         elif self.backend == "blocks":
-            out = block_attention(query, key, value, prediction.scores, self.mask_predictor.rule, block=self.block)
+            out = block_attention(query, key, value, prediction.scores, rule, block=self.block)
         else:
             out = sparse_attention(query, key, value, index, backend=self.backend)
         return self.proj(out.transpose(1, 2).flatten(2)), going_on, found

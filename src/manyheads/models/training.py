@@ -30,6 +30,9 @@ from manyheads.models.image_data import ImageData, LabelledImages, load_images
 from manyheads.models.recipes import Recipe, recipe_for
 from manyheads.models.registry import create_model
 
+# A loss of one's own: (images, targets, label smoothing) to (loss, logits).
+Objective = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
+
 WEIGHTS, HISTORY = "model.safetensors", "training.json"
 
 
@@ -82,6 +85,7 @@ def train_vision(
     model_options: dict[str, Any] | None = None,
     progress: bool = True,
     callbacks: Sequence[TrainerCallback] = (),
+    objective: Callable[[nn.Module], Objective] | None = None,
 ) -> Training:
     """Train a registered vision model as its paper does.
 
@@ -105,6 +109,7 @@ def train_vision(
         model_options: of ``create_model``.
         progress: show progress bars.
         callbacks: transformers' callbacks to run along.
+        objective: makes a loss for the network, and may freeze parts of it; None takes cross entropy.
 
     Raises:
         ValueError: unknown names, an odd batch, more images a step than there are, no training part, an output
@@ -129,8 +134,9 @@ def train_vision(
     set_seed(seed)
     options = {"num_classes": images.classes, "drop_path_rate": recipe.drop_path, **(model_options or {})}
     network = create_model(model, checkpoint=checkpoint, **options)
-    size = image_size or images.image_size or _model_size(network)
+    size = image_size or suitable_size(network, images.image_size)
     fit_to_size(network, size)
+    loss = objective(network) if objective is not None else None
     train.seed = seed
     train.transform, images.test.transform = (
         train_transform(network, size, recipe),
@@ -190,7 +196,7 @@ def train_vision(
     if recipe.mixup or recipe.cutmix:
         mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=images.classes)
     trainer = Trainer(
-        model=_Classifier(network, recipe.label_smoothing, mix),
+        model=_Classifier(network, recipe.label_smoothing, mix, loss),
         args=arguments,
         data_collator=_collate,
         train_dataset=train,
@@ -281,8 +287,11 @@ def test_transform(model: nn.Module, size: int, recipe: Recipe) -> Callable:
 class _Classifier(nn.Module):
     """A vision model that speaks the trainer's language; while it trains, it mixes images and targets."""
 
-    def __init__(self, network: nn.Module, label_smoothing: float, mix: Mixup | None) -> None:
+    def __init__(
+        self, network: nn.Module, label_smoothing: float, mix: Mixup | None, objective: Objective | None = None
+    ) -> None:
         super().__init__()
+        self.objective = objective
         self.network, self.label_smoothing, self.mix = network, label_smoothing, mix
 
     def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -291,6 +300,9 @@ class _Classifier(nn.Module):
             # On a copy, because timm mixes in place; its targets are smooth already.
             pixel_values, targets = self.mix(pixel_values.clone(), labels)
             smoothing = 0.0
+        if self.training and self.objective is not None:
+            loss, logits = self.objective(pixel_values, targets, smoothing)
+            return {"loss": loss, "logits": logits}
         logits = self.network(pixel_values)
         return {"loss": F.cross_entropy(logits.float(), targets, label_smoothing=smoothing), "logits": logits}
 
@@ -361,6 +373,12 @@ def fit_to_size(model: nn.Module, size: int) -> None:
     config = getattr(model, "pretrained_cfg", {})
     if config.get("fixed_input_size") and size != _model_size(model):
         cast(Any, model).set_input_size((size, size))
+
+
+def suitable_size(model: nn.Module, image_size: int | None) -> int:
+    """The side that suits the images, or the model's smallest if that is larger; None takes the model's own."""
+    least = getattr(model, "pretrained_cfg", {}).get("min_input_size") or (0,)
+    return _model_size(model) if image_size is None else max(image_size, least[-1])
 
 
 def _model_size(model: nn.Module) -> int:

@@ -12,6 +12,7 @@ from manyheads.ops.mixer_gate import GateWeights, mixer_gating, resize_token_mix
 from manyheads.ops.multi_axis import block_attention, grid_attention, relative_bias
 from manyheads.ops.neighborhood import neighborhood_attention, neighborhood_decode
 from manyheads.ops.neighborhood_plan import neighborhood_mask
+from manyheads.ops.sparse_connectivity import PairRule, pair_index, pair_mask, predict_scores, sparse_attention
 from manyheads.ops.spectral import resize_filter, spectral_gating
 from manyheads.ops.streaming import streaming_attention
 from manyheads.ops.token_merge import TokenMatching, match_tokens
@@ -19,6 +20,7 @@ from manyheads.ops.window import window_attention, window_merge, window_partitio
 
 __all__ = [
     "GateWeights",
+    "PairRule",
     "TokenMatching",
     "agent_attention",
     "agent_weights",
@@ -42,9 +44,13 @@ __all__ = [
     "neighborhood_attention",
     "neighborhood_decode",
     "neighborhood_mask",
+    "pair_index",
+    "pair_mask",
+    "predict_scores",
     "relative_bias",
     "resize_filter",
     "resize_token_mixing",
+    "sparse_attention",
     "spectral_gating",
     "streaming_attention",
     "token_mixing_gate",

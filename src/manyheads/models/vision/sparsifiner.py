@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -260,6 +260,10 @@ class Sparsifiner(Host):
             if isinstance(module, SparsifiedAttention):
                 module.reconstruct = reconstruct
 
+    def resize(self, state: State, model: nn.Module) -> State:
+        """As ``checkpoint_filter_fn``: the predictors belong to one image size too."""
+        return checkpoint_filter_fn(state, model)
+
     def _run(self, image: Tensor, last: int | None, details: bool) -> list[tuple[Tensor, AttentionDetails | None]]:
         if tuple(image.shape[2:]) != self.image:
             raise ValueError(
@@ -269,11 +273,11 @@ class Sparsifiner(Host):
         x = self.patch_embed(image)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
         ran, token_mask, kept = [], None, None
-        for block in self.blocks[: None if last is None else last + 1]:
+        for block in list(self.blocks)[: None if last is None else last + 1]:
             again = self.grad_checkpointing and self.training
             arguments = (x, token_mask, kept, details)
             x, token_mask, found = recompute(block, *arguments) if again else block(*arguments)
-            rate = block.attn.token_keep_rate
+            rate = cast(SparseBlock, block).attn.token_keep_rate
             kept = math.ceil(rate * (x.shape[1] - 1)) if rate < 1 else kept
             ran.append((x, found))
         return ran
@@ -333,6 +337,7 @@ for _name, _options in VARIANTS.items():
         feature_cls="getter",
         crop_pct=0.875,
         fixed_input_size=True,
+        min_input_size=(3, 112, 112),
         first_conv="patch_embed.proj" if "stem" not in _options else "patch_embed.conv1",
         classifier="head",
     )
