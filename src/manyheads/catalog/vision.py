@@ -363,8 +363,16 @@ VISION_SYSTEMS = (
         arxiv="2303.13755",
         kind="operator",
         patterns=SELF,
-        rooms=("ops", "layers", "models", "adapt"),
+        rooms=("ops", "layers", "models", "objectives", "adapt"),
         why="A cheap predictor decides for every query and head which keys to attend; the rest is not computed.",
+        state="works",
+        public=(
+            "manyheads.ops.sparse_connectivity.predict_scores",
+            "manyheads.ops.sparse_connectivity.sparse_attention",
+            "manyheads.layers.sparsifiner.SparsifiedAttention",
+            "manyheads.models.vision.sparsifiner.Sparsifiner",
+            "manyheads.adapt.sparsifiner.train_sparsifiner",
+        ),
     ),
     System(
         slug="spectformer",

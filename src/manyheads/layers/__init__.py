@@ -19,6 +19,7 @@ from manyheads.layers.mixture_of_heads import HeadRouter, MixtureOfHeadsAttentio
 from manyheads.layers.neighborhood import NeighborhoodAttention
 from manyheads.layers.shifted_window import ShiftedWindowAttention
 from manyheads.layers.shvit import SingleHeadAttention
+from manyheads.layers.sparsifiner import ConnectivityPredictor, SparsifiedAttention
 from manyheads.layers.spatial_reduction import SpatialReductionAttention
 from manyheads.layers.spectral import SpectralGating
 from manyheads.layers.tap import PooledNorm, TokenAwarePooling
@@ -31,6 +32,7 @@ __all__ = [
     "BiDimensionalAttention",
     "BiLevelRoutingAttention",
     "ChannelAttention",
+    "ConnectivityPredictor",
     "ConvFeedForward",
     "ConvGLU",
     "ConvPositionEncoding",
@@ -57,6 +59,7 @@ __all__ = [
     "SelfLayer",
     "ShiftedWindowAttention",
     "SingleHeadAttention",
+    "SparsifiedAttention",
     "SpatialReductionAttention",
     "SpectralGating",
     "StripeAttention",

@@ -141,6 +141,8 @@ _DUALTOKEN = Recipe(
 # arXiv 2306.11248: averaged weights are left out; its loss is the model's own (``DynPerceiver.training_loss``).
 _DYN_PERCEIVER = Recipe(warmup_epochs=20, min_lr=1e-6, drop_path=0.0)
 _DYN_PERCEIVER_RESNET = dataclasses.replace(_DYN_PERCEIVER, lr=6e-4, drop_path=0.2)
+# arXiv 2303.13755, the 45 epochs after the predictors' 5, from the weights of a trained model, 8 x 168 images a step.
+_SPARSIFINER = Recipe(lr=8e-5, min_lr=2e-6, linear_scaling=False, epochs=45, warmup_epochs=3)
 RECIPES = {
     **{f"dyn_perceiver_regnet_y_{size}": _DYN_PERCEIVER for size in ("400mf", "800mf", "1_6gf", "3_2gf")},
     **{
@@ -221,6 +223,7 @@ def recipe_for(model: str, *, small_images: bool = False) -> Recipe:
         "ninformer": _NINFORMER,
         "dependency": _DEPENDENCY,
         "dualtoken": _DUALTOKEN,
+        "sparsifiner": _SPARSIFINER,
     }
     recipe = RECIPES.get(name, families.get(name.split("_")[0], Recipe()))
     if not small_images:

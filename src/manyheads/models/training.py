@@ -36,6 +36,9 @@ from manyheads.models.registry import check_classifies, create_model
 from manyheads.models.vision.token_robustness import attention_maps
 from manyheads.objectives.diversification import attention_diversification_loss
 
+# A loss of one's own: (images, targets, label smoothing) to (loss, logits).
+Objective = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
+
 WEIGHTS, HISTORY = "model.safetensors", "training.json"
 
 
@@ -89,6 +92,7 @@ def train_vision(
     model_options: dict[str, Any] | None = None,
     progress: bool = True,
     callbacks: Sequence[TrainerCallback] = (),
+    objective: Callable[[nn.Module], Objective] | None = None,
 ) -> Training:
     """Train a registered vision model as its paper does.
 
@@ -113,6 +117,7 @@ def train_vision(
         model_options: of ``create_model``.
         progress: show progress bars.
         callbacks: transformers' callbacks to run along.
+        objective: makes a loss for the network, and may freeze parts of it; None takes cross entropy.
 
     Raises:
         ValueError: unknown names, a model that classifies nothing, an odd batch, more images a step than there are, no
@@ -143,8 +148,9 @@ def train_vision(
     set_seed(seed)
     options = {"num_classes": images.classes, "drop_path_rate": recipe.drop_path, **(model_options or {})}
     network = create_model(model, checkpoint=checkpoint, **options)
-    size = image_size or images.image_size or _model_size(network)
+    size = image_size or suitable_size(network, images.image_size)
     fit_to_size(network, size)
+    loss = objective(network) if objective is not None else None
     train.seed = seed
     train.transform, images.test.transform = (
         train_transform(network, size, recipe),
@@ -205,6 +211,8 @@ def train_vision(
         mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=images.classes)
     trainer = _Trainer(
         model=_Classifier(network, recipe, mix),
+    trainer = Trainer(
+        model=_Classifier(network, recipe.label_smoothing, mix, loss),
         args=arguments,
         data_collator=_collate,
         train_dataset=train,
@@ -300,6 +308,12 @@ class _Classifier(nn.Module):
     def __init__(self, network: nn.Module, recipe: Recipe, mix: Mixup | None) -> None:
         super().__init__()
         self.network, self.recipe, self.mix = network, recipe, mix
+    def __init__(
+        self, network: nn.Module, label_smoothing: float, mix: Mixup | None, objective: Objective | None = None
+    ) -> None:
+        super().__init__()
+        self.objective = objective
+        self.network, self.label_smoothing, self.mix = network, label_smoothing, mix
 
     def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
         targets, smoothing = labels, self.recipe.label_smoothing if self.training else 0.0
@@ -324,6 +338,11 @@ class _Classifier(nn.Module):
         if self.training and routing:
             loss = loss + self.recipe.head_balance * routing.balance_loss()
         return {"loss": loss, "logits": logits}
+        if self.training and self.objective is not None:
+            loss, logits = self.objective(pixel_values, targets, smoothing)
+            return {"loss": loss, "logits": logits}
+        logits = self.network(pixel_values)
+        return {"loss": F.cross_entropy(logits.float(), targets, label_smoothing=smoothing), "logits": logits}
 
 
 def _collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -416,6 +435,12 @@ def fit_to_size(model: nn.Module, size: int) -> None:
     config = getattr(model, "pretrained_cfg", {})
     if config.get("fixed_input_size") and size != _model_size(model):
         cast(Any, model).set_input_size((size, size))
+
+
+def suitable_size(model: nn.Module, image_size: int | None) -> int:
+    """The side that suits the images, or the model's smallest if that is larger; None takes the model's own."""
+    least = getattr(model, "pretrained_cfg", {}).get("min_input_size") or (0,)
+    return _model_size(model) if image_size is None else max(image_size, least[-1])
 
 
 def _model_size(model: nn.Module) -> int:

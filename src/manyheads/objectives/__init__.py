@@ -12,3 +12,6 @@ __all__ = [
     "hidden_distillation",
     "self_distillation_loss",
 ]
+from manyheads.objectives.sparse_attention import score_reconstruction, teacher_losses
+
+__all__ = ["gate_regulariser", "hidden_distillation", "score_reconstruction", "teacher_losses"]
