@@ -290,6 +290,14 @@ VISION_SYSTEMS = (
         patterns=SELF,
         rooms=("layers", "models"),
         why="One attention body that sees the whole image drives light heads at several scales of a classifier.",
+        state="works",
+        public=(
+            "manyheads.layers.medusa.GlobalAttention",
+            "manyheads.layers.medusa.ScaleHead",
+            "manyheads.layers.medusa.MultiScaleHeads",
+            "manyheads.layers.medusa.legacy_resize",
+            "manyheads.models.vision.medusa.Medusa",
+        ),
     ),
     System(
         slug="neighborhood_attention",

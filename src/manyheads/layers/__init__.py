@@ -14,6 +14,7 @@ from manyheads.layers.inline import InLineAttention, InLineStripeAttention
 from manyheads.layers.latent import CrossLayer, LatentAttention, SelfLayer
 from manyheads.layers.lightning import TNLAttention
 from manyheads.layers.maxvit import MBConv, MultiAxisAttention, PartitionAttention
+from manyheads.layers.medusa import GlobalAttention, MultiScaleHeads, ScaleHead
 from manyheads.layers.mixer_gate import MixerGating, TokenMixer
 from manyheads.layers.mixture_of_heads import HeadRouter, MixtureOfHeadsAttention, collect_routing
 from manyheads.layers.neighborhood import NeighborhoodAttention
@@ -40,6 +41,7 @@ __all__ = [
     "CrossLayer",
     "DeformableMerging",
     "FANBlock",
+    "GlobalAttention",
     "HaloAttention",
     "HeadRouter",
     "HiLoAttention",
@@ -51,11 +53,13 @@ __all__ = [
     "MixerGating",
     "MixtureOfHeadsAttention",
     "MultiAxisAttention",
+    "MultiScaleHeads",
     "NeighborhoodAttention",
     "PartitionAttention",
     "PooledNorm",
     "PositionAwareTokens",
     "ReversedAttention",
+    "ScaleHead",
     "SelfLayer",
     "ShiftedWindowAttention",
     "SingleHeadAttention",

@@ -146,7 +146,8 @@ def train_vision(
     use_cpu = _on_cpu(device)
 
     set_seed(seed)
-    options = {"num_classes": images.classes, "drop_path_rate": recipe.drop_path, **(model_options or {})}
+    depth = {"drop_path_rate": recipe.drop_path} if recipe.drop_path else {}
+    options = {"num_classes": images.classes, **depth, **(model_options or {})}
     network = create_model(model, checkpoint=checkpoint, **options)
     size = image_size or suitable_size(network, images.image_size)
     fit_to_size(network, size)
@@ -220,6 +221,8 @@ def train_vision(
         compute_metrics=_accuracy,
         optimizers=(make_optimizer(network, rate, recipe.weight_decay, recipe.optimizer), None),
         callbacks=[_Record(settings, train), _AdaptiveClip(network, recipe.adaptive_clip), *callbacks],
+        optimizers=(make_optimizer(network, rate, recipe.weight_decay), None),
+        callbacks=[_Record(settings, train, network), *callbacks],
     )
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
 
@@ -375,10 +378,18 @@ class _AdaptiveClip(TrainerCallback):
 
 
 class _Record(TrainerCallback):
-    """Keep the settings beside the checkpoints, to tell another run from a resumption; tell the images the epoch."""
+    """Keep the settings beside the checkpoints, to tell another run from a resumption; tell images and model the epoch.
 
-    def __init__(self, settings: dict[str, Any], train: LabelledImages) -> None:
-        self.settings, self.train = settings, train
+    A model with ``frozen_parameters(epoch)`` says which of its parameters do not learn in an epoch.
+    """
+
+    def __init__(self, settings: dict[str, Any], train: LabelledImages, network: nn.Module) -> None:
+        self.settings, self.train, self.network = settings, train, network
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        frozen: Any = getattr(self.network, "frozen_parameters", None)
+        for parameter in frozen(self.train.epoch) if frozen else ():
+            parameter.grad = None
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # A resumed run counts in fractions of an epoch.
