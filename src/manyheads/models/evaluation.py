@@ -113,16 +113,6 @@ def evaluate_vision(
         model_options=model_options,
     )  # fmt: skip
     clean = images.test.transform
-    images = load_images(data, image_size=image_size) if isinstance(data, str) else data
-    name = model if isinstance(model, str) else type(model).__name__
-    if isinstance(model, str):
-        options = {"num_classes": images.classes, **(model_options or {})}
-        model = create_model(model, checkpoint=checkpoint, **options)
-    model = model.to(device, DTYPES[dtype]).eval()
-    size = image_size or suitable_size(model, images.image_size)
-    fit_to_size(model, size)
-    recipe = recipe_for(name, small_images=images.image_size is not None)
-    images.test.transform = test_transform(model, size, recipe)
     seen = images.test if limit is None else Subset(images.test, range(min(limit, len(images.test))))
 
     classes = images.classes
@@ -193,7 +183,7 @@ def prepare(
         options = {"num_classes": images.classes, **(model_options or {})}
         model = create_model(model, checkpoint=checkpoint, **options)
     model = model.to(device, DTYPES[dtype]).eval()
-    size = image_size or images.image_size or int(getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224))[-1])
+    size = image_size or suitable_size(model, images.image_size)
     fit_to_size(model, size)
     recipe = recipe_for(name, small_images=images.image_size is not None)
     images.test.transform = test_transform(model, size, recipe)

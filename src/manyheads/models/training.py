@@ -211,18 +211,14 @@ def train_vision(
     if recipe.mixup or recipe.cutmix:
         mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=images.classes)
     trainer = _Trainer(
-        model=_Classifier(network, recipe, mix),
-    trainer = Trainer(
-        model=_Classifier(network, recipe.label_smoothing, mix, loss),
+        model=_Classifier(network, recipe, mix, loss),
         args=arguments,
         data_collator=_collate,
         train_dataset=train,
         eval_dataset=images.test,
         compute_metrics=_accuracy,
         optimizers=(make_optimizer(network, rate, recipe.weight_decay, recipe.optimizer), None),
-        callbacks=[_Record(settings, train), _AdaptiveClip(network, recipe.adaptive_clip), *callbacks],
-        optimizers=(make_optimizer(network, rate, recipe.weight_decay), None),
-        callbacks=[_Record(settings, train, network), *callbacks],
+        callbacks=[_Record(settings, train, network), _AdaptiveClip(network, recipe.adaptive_clip), *callbacks],
     )
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
 
@@ -308,15 +304,11 @@ def test_transform(model: nn.Module, size: int, recipe: Recipe) -> Callable:
 class _Classifier(nn.Module):
     """A vision model that speaks the trainer's language; while it trains, it mixes images and targets."""
 
-    def __init__(self, network: nn.Module, recipe: Recipe, mix: Mixup | None) -> None:
-        super().__init__()
-        self.network, self.recipe, self.mix = network, recipe, mix
     def __init__(
-        self, network: nn.Module, label_smoothing: float, mix: Mixup | None, objective: Objective | None = None
+        self, network: nn.Module, recipe: Recipe, mix: Mixup | None, objective: Objective | None = None
     ) -> None:
         super().__init__()
-        self.objective = objective
-        self.network, self.label_smoothing, self.mix = network, label_smoothing, mix
+        self.network, self.recipe, self.mix, self.objective = network, recipe, mix, objective
 
     def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
         targets, smoothing = labels, self.recipe.label_smoothing if self.training else 0.0
@@ -324,6 +316,9 @@ class _Classifier(nn.Module):
             # On a copy, because timm mixes in place; its targets are smooth already.
             pixel_values, targets = self.mix(pixel_values.clone(), labels)
             smoothing = 0.0
+        if self.training and self.objective is not None:
+            loss, logits = self.objective(pixel_values, targets, smoothing)
+            return {"loss": loss, "logits": logits}
         if self.training and hasattr(self.network, "training_loss"):
             # Several outputs, and a loss of the model's own.
             outputs = self.network(pixel_values)
@@ -341,11 +336,6 @@ class _Classifier(nn.Module):
         if self.training and routing:
             loss = loss + self.recipe.head_balance * routing.balance_loss()
         return {"loss": loss, "logits": logits}
-        if self.training and self.objective is not None:
-            loss, logits = self.objective(pixel_values, targets, smoothing)
-            return {"loss": loss, "logits": logits}
-        logits = self.network(pixel_values)
-        return {"loss": F.cross_entropy(logits.float(), targets, label_smoothing=smoothing), "logits": logits}
 
 
 def _collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:

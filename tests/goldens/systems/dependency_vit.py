@@ -49,8 +49,6 @@ def _model(config: dict, weights: dict[str, Tensor], given: dict[str, Tensor]) -
     pruning = [value for name, value in config.items() if name.startswith("prun") and value]
     for value in pruning:
         options["prune_layers" if isinstance(value, list) else "prune_ratio"] = value
-    for kind, option in ((list, "prune_layers"), (float, "prune_ratio")):
-        options.update((option, value) for value in pruning if isinstance(value, kind))
     first = "blocks.0.attn.message_controller.fc1.weight"
     model = dependency.DependencyViT(
         **options,

@@ -262,7 +262,11 @@ class Sparsifiner(Host):
 
     def resize(self, state: State, model: nn.Module) -> State:
         """As ``checkpoint_filter_fn``: the predictors belong to one image size too."""
-        return checkpoint_filter_fn(state, model)
+        return checkpoint_filter_fn(state, model, self.position_grids())
+
+    def position_grids(self) -> dict[str, Grid]:
+        """The map of the position embedding (behind the class token's)."""
+        return {"pos_embed": self.patch_grid}
 
     def _run(self, image: Tensor, last: int | None, details: bool) -> list[tuple[Tensor, AttentionDetails | None]]:
         if tuple(image.shape[2:]) != self.image:
@@ -292,11 +296,11 @@ def _per_block(name: str, rate: int | float | Sequence[int | float], depth: int)
     return rates
 
 
-def checkpoint_filter_fn(state: State, model: nn.Module) -> State:
+def checkpoint_filter_fn(state: State, model: nn.Module, grids: dict[str, Grid] | None = None) -> State:
     """The authors' layout, or a dense DeiT's or LV-ViT's: predictors that a file lacks stay as they are.
 
     A predictor of another image size is resized bicubically over its patches, the class token's row kept; not in the
-    authors' code.
+    authors' code. ``grids`` says which map position embeddings belong to; without it, those of another size are square.
     """
     wanted, grid = model.state_dict(), getattr(model, "patch_grid", (1, 1))
     if getattr(model, "num_classes", 1) == 0:
@@ -307,17 +311,20 @@ def checkpoint_filter_fn(state: State, model: nn.Module) -> State:
         state = state | {name: value for name, value in wanted.items() if "mask_predictor" in name}
     for name in [name for name in state if name.endswith(("proj_n", "proj_back_n"))]:
         value, target = state[name], wanted.get(name)
-        side = math.isqrt(max(value.shape[0] - 1, 0)) if value.ndim == 2 else 0
-        if target is None or target.shape == value.shape or value.ndim != 2 or side * side + 1 != value.shape[0]:
+        side = math.isqrt(max(value.shape[0] - 1, 0))
+        old = (grids or {}).get(
+            "pos_embed", grid if target is not None and target.shape == value.shape else (side, side)
+        )
+        if target is None or value.ndim != 2 or old == grid or old[0] * old[1] + 1 != value.shape[0]:
             continue
         # The reduced tokens are as many as N allows, so both axes change.
-        image = value[1:].mT.unflatten(1, (side, side))[None].float()
+        image = value[1:].mT.unflatten(1, old)[None].float()
         maps = F.interpolate(image, grid, mode="bicubic", align_corners=False)[0].flatten(1)
         resized = torch.cat([value[:1].float(), maps.mT])
         if target.shape[1] != value.shape[1]:
             resized = F.interpolate(resized[None], target.shape[1], mode="linear", align_corners=False)[0]
         state = state | {name: resized.to(value.dtype)}
-    return resize_state(state, model)
+    return resize_state(state, model, grids)
 
 
 VARIANTS = {
