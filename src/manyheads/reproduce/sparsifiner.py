@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Callable
 from statistics import mean
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,14 @@ from manyheads.ops.sparse_connectivity import (
 from manyheads.reproduce.claims import Claim, Finding, Verdict
 
 SEEDS = 3
-SHAPE = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 10}
+SHAPE: dict[str, Any] = {
+    "img_size": 32,
+    "patch_size": 4,
+    "embed_dim": 48,
+    "depth": 4,
+    "num_heads": 3,
+    "num_classes": 10,
+}
 DENSE_EPOCHS, PREDICTOR_EPOCHS, FINE_EPOCHS = 5, 2, 3
 KEEP = 0.25
 
@@ -198,8 +206,8 @@ CLAIMS = (
         name="learned_masks_beat_windows",
         statement="Learned instance-dependent masks lose less accuracy than fixed windows at equal sparsity.",
         rule="Mean accuracy on digits of 32 x 32 over 3 seeds, 4 blocks of 48 channels, patches of 4: 5 dense epochs, "
-        "2 of the predictors, 3 of fine-tuning at a quarter of the keys; the same fine-tuning with the nearest keys and "
-        "with random ones. Confirmed when learned is at least the window and the window above random; refuted when "
+        "2 of the predictors, 3 of fine-tuning at a quarter of the keys; the same fine-tuning with the nearest keys "
+        "and with random ones. Confirmed when learned is at least the window and the window above random; refuted when "
         "learned is below the window; else inconclusive.",
         run=learned_masks_beat_windows,
         full_scale=FULL,
@@ -208,8 +216,8 @@ CLAIMS = (
         system="sparsifiner",
         name="strong_connections_are_found",
         statement="The predicted mask recovers the strongest connections of the dense model.",
-        rule="After phase 1 of the same miniature: the share of each query's k strongest keys that its k predicted ones "
-        "hold, mean over 4 blocks, by chance k/N. Confirmed at 1.5 times chance, refuted up to 1.1, else "
+        rule="After phase 1 of the same miniature: the share of each query's k strongest keys that its k predicted "
+        "ones hold, mean over 4 blocks, by chance k/N. Confirmed at 1.5 times chance, refuted up to 1.1, else "
         "inconclusive.",
         run=strong_connections_are_found,
         full_scale=FULL,
