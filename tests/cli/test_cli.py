@@ -70,8 +70,8 @@ def test_show():
     text = _output("show", "duo_attention")
     assert "arxiv.org/abs/2410.10819" in text
     assert "manyheads try duo_attention" in text
-    assert "to type" not in _output("show", "medusa")
-    assert json.loads(_output("show", "medusa", "--json"))["state"] == "planned"
+    assert "to type" not in _output("show", "acmil")
+    assert json.loads(_output("show", "acmil", "--json"))["state"] == "planned"
 
 
 def test_cost():
@@ -124,7 +124,7 @@ def test_a_refuted_claim_is_a_result_and_a_broken_one_a_failure(claims, capsys, 
         (["show", "biformr"], "did you mean 'biformer'"),
         (["show"], "Missing argument"),
         (["cost", "biformr"], "did you mean 'biformer'"),
-        (["cost", "medusa"], "medusa has no cost formulas"),
+        (["cost", "acmil"], "acmil has no cost formulas"),
         (["cost", "biformer", "--length", "0"], "length must be at least 1, got 0"),
         (["cost", "biformer", "--length", "many"], "integer"),
         (["cost", "biformer", "--set", "topk"], "must be a name and a number"),
@@ -136,7 +136,7 @@ def test_a_refuted_claim_is_a_result_and_a_broken_one_a_failure(claims, capsys, 
         (["reproduce"], "name one system, or give --all"),
         (["reproduce", "davit", "--all"], "name one system, or give --all"),
         (["reproduce", "dawit"], "did you mean 'davit'"),
-        (["reproduce", "medusa"], "medusa is planned"),
+        (["reproduce", "acmil"], "acmil is planned"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_2(capsys, arguments, words):

@@ -141,6 +141,15 @@ _DUALTOKEN = Recipe(
 # arXiv 2306.11248: averaged weights are left out; its loss is the model's own (``DynPerceiver.training_loss``).
 _DYN_PERCEIVER = Recipe(warmup_epochs=20, min_lr=1e-6, drop_path=0.0)
 _DYN_PERCEIVER_RESNET = dataclasses.replace(_DYN_PERCEIVER, lr=6e-4, drop_path=0.2)
+# arXiv 2303.13755, the 45 epochs after the predictors' 5, from the weights of a trained model, 8 x 168 images a step.
+_SPARSIFINER = Recipe(lr=8e-5, min_lr=2e-6, linear_scaling=False, epochs=45, warmup_epochs=3)
+# arXiv 2110.06063: Adam without decay at one rate, whatever the batch (16). The number of epochs is not published. Left
+# out: batches of half positives and half negatives, weights of the classes, shear and rotation.
+_MEDUSA = Recipe(
+    lr=1e-4, linear_scaling=False, epochs=50, warmup_epochs=0, warmup_lr=1e-4, min_lr=1e-4, weight_decay=0.0,
+    drop_path=0.0, label_smoothing=0.0, auto_augment="", mixup=0.0, cutmix=0.0, random_erasing=0.0, color_jitter=0.1,
+    crop_scale=0.9, crop_pct=1.0,
+)  # fmt: skip
 RECIPES = {
     **{f"dyn_perceiver_regnet_y_{size}": _DYN_PERCEIVER for size in ("400mf", "800mf", "1_6gf", "3_2gf")},
     **{
@@ -218,9 +227,11 @@ def recipe_for(model: str, *, small_images: bool = False) -> Recipe:
         "fan": _FAN_TAP,
         "rvt": _RVT_TAP,
         "halonet": _HALONET,
+        "medusa": _MEDUSA,
         "ninformer": _NINFORMER,
         "dependency": _DEPENDENCY,
         "dualtoken": _DUALTOKEN,
+        "sparsifiner": _SPARSIFINER,
     }
     recipe = RECIPES.get(name, families.get(name.split("_")[0], Recipe()))
     if not small_images:

@@ -47,8 +47,8 @@ def _model(config: dict, weights: dict[str, Tensor], given: dict[str, Tensor]) -
     options = {name: config[name] for name in names if name in config}
     # Blocks and ratio of the lite variant: no case of the project's own names them, so both are known by their kind.
     pruning = [value for name, value in config.items() if name.startswith("prun") and value]
-    for kind, option in ((list, "prune_layers"), (float, "prune_ratio")):
-        options.update((option, value) for value in pruning if isinstance(value, kind))
+    for value in pruning:
+        options["prune_layers" if isinstance(value, list) else "prune_ratio"] = value
     first = "blocks.0.attn.message_controller.fc1.weight"
     model = dependency.DependencyViT(
         **options,
