@@ -379,6 +379,7 @@ VISION_SYSTEMS = (
             "manyheads.ops.sparse_connectivity.sparse_attention",
             "manyheads.layers.sparsifiner.SparsifiedAttention",
             "manyheads.models.vision.sparsifiner.Sparsifiner",
+            "manyheads.objectives.sparse_attention.score_reconstruction",
             "manyheads.adapt.sparsifiner.train_sparsifiner",
         ),
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from statistics import mean
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -103,10 +104,10 @@ class _Masked(nn.Module):
 
 
 def _resnet(attention: str | None = None) -> ResNet:
-    return ResNet(
-        BasicBlock, [1, 1, 1, 1], num_classes=10, stem_width=12, channels=(12, 24, 48, 64),
-        block_args={"attn_layer": attention},
-    )  # fmt: skip
+    # timm annotates the class of the blocks as an instance.
+    block: Any = BasicBlock
+    options: dict[str, Any] = {"stem_width": 12, "channels": (12, 24, 48, 64), "block_args": {"attn_layer": attention}}
+    return ResNet(block, (1, 1, 1, 1), num_classes=10, **options)
 
 
 def _attended(stages: tuple[str, ...]) -> MultiScaleHeads:
