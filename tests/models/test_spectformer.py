@@ -146,6 +146,29 @@ def test_token_labels_add_half_of_the_largest_dense_logits() -> None:
         plain.forward_dense(x)
 
 
+def test_images_are_mixed_after_the_stem_and_dense_logits_put_back(monkeypatch) -> None:
+    model, x = _small("spectformer_s"), torch.randn(2, 3, 32, 32)
+    label, dense = model.forward_dense(x)
+    # A box as large as the map swaps the images for good.
+    monkeypatch.setattr(spectformer_pyramid, "mix_tokens", lambda maps, **options: (maps.flip(0), (0, 0, 4, 4)))
+    mixed_label, mixed_dense, box = model.forward_mixed(x)
+    torch.testing.assert_close((mixed_label, mixed_dense), (label.flip(0), dense))
+    assert token_label_loss(mixed_label, mixed_dense, torch.rand(2, 7, 18), box=box).isfinite()
+
+
+def test_mixed_training_steps_reach_every_parameter() -> None:
+    model, x = _small("spectformer_s").train(), torch.randn(1, 3, 32, 32).expand(2, -1, -1, -1)
+    label, dense, box = model.forward_mixed(x, generator=torch.Generator().manual_seed(3))
+    assert (box[2] - box[0]) * (box[3] - box[1]) > 0
+    token_label_loss(label, dense, torch.rand(2, 7, 18), box=box).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    # Of equal images, mixing takes nothing away.
+    model.eval()
+    torch.testing.assert_close(model.forward_mixed(x)[:2], model.forward_dense(x))
+    with pytest.raises(ValueError, match="token_label=True"):
+        _small("spectformer_s", token_label=False).forward_mixed(x)
+
+
 def test_an_extra_layer_before_the_classifier() -> None:
     model = _small("spectformer_vanilla_xs", representation_size=5)
     x = torch.randn(2, 3, 32, 32)

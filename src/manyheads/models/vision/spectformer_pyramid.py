@@ -13,6 +13,7 @@ Source: "SpectFormer: Frequency and Attention is what you need in a Vision Trans
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from timm.layers import DropPath, Mlp, trunc_normal_
@@ -27,6 +28,7 @@ from manyheads.models.registry import register
 from manyheads.models.vision.backbone import Backbone
 from manyheads.models.vision.features import check_image
 from manyheads.models.vision.spectformer import EPS, fit_to_size
+from manyheads.objectives.token_label import Box, mix_tokens, unmix_tokens
 
 MIXERS = ("spectral", "attention")
 
@@ -92,7 +94,10 @@ class Stage(nn.Module):
         self.norm = norm
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.patch_embed(x)
+        return self.after_embedding(self.patch_embed(x))
+
+    def after_embedding(self, x: Tensor) -> Tensor:
+        """The blocks and the norm."""
         for block in self.blocks:
             x = recompute(block, x) if self.grad_checkpointing and self.training else block(x)
         return self.norm(x)
@@ -240,15 +245,41 @@ class SpectFormerPyramid(Backbone):
     def forward_dense(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits (batch, classes) and dense logits (batch, tokens, classes), for training with token labels.
 
-        ``manyheads.objectives.token_label`` has the loss, and the mixing of the map behind ``stages[0].patch_embed``.
+        ``manyheads.objectives.token_label`` has the loss.
 
         Raises:
             ValueError: the model has no head for tokens.
         """
-        if not self.token_label or not self.num_classes:
-            raise ValueError("dense logits need token_label=True and a classifier")
+        self._check_token_head()
         tokens = self.forward_features(x)
         return self.head(tokens[:, 0]), self.aux_head(tokens[:, 1:])
+
+    def forward_mixed(self, x: Tensor, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Box]:
+        """``forward_dense`` with images mixed after the stem, as the hierarchical models are trained (mix-token).
+
+        Returns:
+            Class logits of the mixed images, dense logits back at their own images, and the box that was swapped, in
+            places of the last map: what ``token_label_loss`` asks for.
+
+        Raises:
+            ValueError: the model has no head for tokens, or its last map's places are no whole cells of the stem's.
+        """
+        self._check_token_head()
+        check_image(x, self.in_chans)
+        first, *others = self.stages
+        maps, box = mix_tokens(
+            cast(Stage, first).patch_embed(self.embed(x)), cell=2 ** len(others), generator=generator
+        )
+        maps = cast(Stage, first).after_embedding(maps)
+        for stage in others:
+            maps = stage(maps)
+        tokens = self.class_tokens(maps)
+        dense = unmix_tokens(self.aux_head(tokens[:, 1:]), box, (maps.shape[1], maps.shape[2]))
+        return self.head(tokens[:, 0]), dense, box
+
+    def _check_token_head(self) -> None:
+        if not self.token_label or not self.num_classes:
+            raise ValueError("dense logits need token_label=True and a classifier")
 
 
 def checkpoint_filter_fn(state: State, model: nn.Module) -> State:
