@@ -244,6 +244,25 @@ def spectral(length: int, device: str, dtype: torch.dtype) -> Round:
     return Round((x, weight), {OURS: spectral_gating, SDPA: dense})
 
 
+def predicted_pairs(length: int, device: str, dtype: torch.dtype) -> Round:
+    """Sparsifiner: predictor and the quarter of the pairs that it chooses, 6 heads of 64."""
+    from manyheads.layers.sparsifiner import ConnectivityPredictor
+    from manyheads.ops.sparse_connectivity import block_attention, pair_index, sparse_attention
+
+    predictor = ConnectivityPredictor(64, length).to(device, dtype).requires_grad_(False)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
+        return sparse_attention(q, k, v, pair_index(predictor(q, k).scores, predictor.rule), backend=backend)
+
+    def blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return block_attention(q, k, v, predictor(q, k).scores, predictor.rule)
+
+    qkv = tuple(_normal(1, 6, length, 64, device=device, dtype=dtype) for _ in range(3))
+    # The authors' code computes all pairs and masks them.
+    contestants = {OURS: ours, SDPA: F.scaled_dot_product_attention, "masked": partial(ours, backend="reference")}
+    return Round(qkv, {**contestants, "gathered": partial(ours, backend="gather"), "blocks of 16": blocks})
+
+
 def mixer_gate(length: int, device: str, dtype: torch.dtype) -> Round:
     """NiNformer's gating unit at the width of its models, where attention (without projections) has 4 heads of 64."""
     from manyheads.layers.mixer_gate import MixerGating
@@ -385,6 +404,7 @@ CASES = (
     Case("aggregated 3 x 3 and 7 x 7", "merge", aggregated, lengths=(14 * 14, 28 * 28, 56 * 56)),
     Case("mixture of heads, 4 of 8", "dense", mixture_of_heads, lengths=(256, 1024, 4096)),
     Case("spectral filter", "dense", spectral, lengths=(14 * 14, 28 * 28, 56 * 56, 112 * 112)),
+    Case("predicted pairs, a quarter", "dense", predicted_pairs, lengths=(14 * 14 + 1, 28 * 28 + 1)),
     Case("mixer gate, 512 units", "dense", mixer_gate, lengths=(8 * 8, 16 * 16, 32 * 32, 64 * 64)),
     Case("linear with decay", "linear", linear_decay),
     Case("linear with features", "linear", linear_feature_map),

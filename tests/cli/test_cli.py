@@ -8,6 +8,7 @@ import sys
 from types import ModuleType
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from manyheads.cli.main import app, run
@@ -69,8 +70,8 @@ def test_show():
     text = _output("show", "duo_attention")
     assert "arxiv.org/abs/2410.10819" in text
     assert "manyheads try duo_attention" in text
-    assert "to type" not in _output("show", "medusa")
-    assert json.loads(_output("show", "medusa", "--json"))["state"] == "planned"
+    assert "to type" not in _output("show", "acmil")
+    assert json.loads(_output("show", "acmil", "--json"))["state"] == "planned"
 
 
 def test_cost():
@@ -123,7 +124,7 @@ def test_a_refuted_claim_is_a_result_and_a_broken_one_a_failure(claims, capsys, 
         (["show", "biformr"], "did you mean 'biformer'"),
         (["show"], "Missing argument"),
         (["cost", "biformr"], "did you mean 'biformer'"),
-        (["cost", "medusa"], "medusa has no cost formulas"),
+        (["cost", "acmil"], "acmil has no cost formulas"),
         (["cost", "biformer", "--length", "0"], "length must be at least 1, got 0"),
         (["cost", "biformer", "--length", "many"], "integer"),
         (["cost", "biformer", "--set", "topk"], "must be a name and a number"),
@@ -135,7 +136,7 @@ def test_a_refuted_claim_is_a_result_and_a_broken_one_a_failure(claims, capsys, 
         (["reproduce"], "name one system, or give --all"),
         (["reproduce", "davit", "--all"], "name one system, or give --all"),
         (["reproduce", "dawit"], "did you mean 'davit'"),
-        (["reproduce", "medusa"], "medusa is planned"),
+        (["reproduce", "acmil"], "acmil is planned"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_2(capsys, arguments, words):
@@ -174,3 +175,42 @@ def test_ctrl_c_exits_with_130_and_leaves_nothing_behind(tmp_path):
     assert process.returncode == 130
     assert "Traceback" not in error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def tiny_backbone() -> list[str]:
+    options = ("img_size=8", "patch_size=4", "embed_dim=12", "depth=1", "num_heads=3")
+    return ["evaluate", "inline_deit_tiny", "--image-size", "8", *(part for o in options for part in ("--option", o))]
+
+
+def test_evaluate_counts_and_measures(tiny_backbone) -> None:
+    found = json.loads(_output(*tiny_backbone, "--limit", "40", "--json"))
+    assert (found["images"], found["image_size"]) == (40, 8)
+    assert 0 <= found["top1"] <= found["top5"] <= 1
+    assert 1000 < found["parameters"] < 10_000
+    # Twice a multiply-add: four tokens and a class token through every matrix, and a little for the attention.
+    assert found["flops"] > 2 * 5 * (4 * 12 * 12 + 2 * 4 * 12 * 12)
+    assert found["images_per_second"] > 0
+    assert found["peak_memory_bytes"] > 0
+
+
+def test_evaluate_prints_a_table(tiny_backbone) -> None:
+    table = _output(*tiny_backbone, "--limit", "20")
+    for word in ("top-1", "top-5", "images per second", "parameters", "operations per image", "peak memory", "8 px"):
+        assert word in table
+
+
+def test_evaluate_reads_a_folder_of_images(tiny_backbone, tmp_path) -> None:
+    for part in ("train", "val"):
+        for label in ("cat", "dog"):
+            (tmp_path / part / label).mkdir(parents=True)
+            for index in range(3):
+                Image.new("RGB", (20, 10 + index), (index, 9, 9)).save(tmp_path / part / label / f"{index}.png")
+    found = json.loads(_output(*tiny_backbone, "--data", str(tmp_path), "--json"))
+    assert (found["images"], found["top5"]) == (6, 1.0)
+
+
+def test_evaluate_complains_about_unknown_models_and_files(capsys, tiny_backbone, tmp_path) -> None:
+    assert "inline_deit_tiny" in _complaint(capsys, "evaluate", "inline_deit_tinny")
+    assert "nothing.pth" in _complaint(capsys, *tiny_backbone, "--checkpoint", str(tmp_path / "nothing.pth"))
+    assert "no such directory" in _complaint(capsys, *tiny_backbone, "--data", str(tmp_path / "nothing"))

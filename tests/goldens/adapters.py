@@ -37,6 +37,7 @@ ADAPTERS = _Adapters(
     moh="moh",
     shvit="shvit",
     tap_adl="tap_adl",
+    sparsifiner="sparsifiner",
     biformer="biformer",
     neighborhood_attention="neighborhood_attention",
     lightning_attention="lightning_attention",

@@ -128,13 +128,11 @@ def test_classifier_can_be_replaced_and_other_channels_read() -> None:
     assert model.no_weight_decay() == {"global_token"}
 
 
-def test_export_survives_a_free_batch_and_compile(compiling: None) -> None:
+def test_export_survives_a_free_batch(compiling: None) -> None:
     model, x = _small(depths=(1, 1, 1), steps=(1, 0, 0)), torch.randn(2, 3, 33, 40)
     program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
     more = torch.randn(5, 3, 33, 40)
     torch.testing.assert_close(program.module()(more), model(more), rtol=1e-4, atol=1e-5)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_stays_close() -> None:

@@ -233,11 +233,9 @@ def test_command(monkeypatch) -> None:
     monkeypatch.setattr(exit_evaluation, "CALIBRATION", 16)
     shape = [f"--option={name}={value}" for name, value in OPTIONS.items()]
     arguments = ["evaluate", NAME, "--limit", "8", *shape]
-    table = CliRunner().invoke(app, [*arguments, "--exits"])
-    assert table.exit_code == 0, table.output
-    assert "each exit for all" in table.output
-    found = CliRunner().invoke(app, [*arguments, "--budget", "1e9", "--json"])
+    found = CliRunner().invoke(app, [*arguments, "--exits", "--budget", "1e9"])
     assert found.exit_code == 0, found.output
-    content = json.loads(found.output)
-    assert len(content["curve"]) == 33
-    assert content["chosen"]["flops"] <= content["exits"][-1]["flops"]
+    assert "each exit for all" in found.output
+    assert "images per second" in found.output
+    with pytest.raises(ValueError, match="--corruptions cannot be used"):
+        CliRunner().invoke(app, [*arguments, "--exits", "--corruptions", "fog"], catch_exceptions=False)

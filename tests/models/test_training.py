@@ -20,8 +20,8 @@ from manyheads.models.evaluation import count_flops, evaluate_vision
 from manyheads.models.image_data import ImageData, load_images
 from manyheads.models.recipes import recipe_for
 from manyheads.models.registry import create_model
+from manyheads.models.training import make_optimizer, train_vision
 from manyheads.models.training import test_transform as evaluation_transform
-from manyheads.models.training import train_vision
 
 MODEL = {"depths": (1, 1), "embed_dims": (32, 64), "topks": (2, -2), "regions": 2}
 # Everything random at once: crops, RandAugment, erasing, mixup, cutmix, stochastic depth.
@@ -46,7 +46,7 @@ def _train(output: Path, **options):
     given = {"epochs": 2, "batch_size": 16, "seed": 3, "device": "cpu", "save_steps": 3, "progress": False}
     drop = {**MODEL, "drop_path_rate": 0.2}
     return train_vision(
-        "biformer_tiny", _few_digits(), output=output, recipe=RECIPE, model_options=drop, **{**given, **options}
+        "biformer_tiny", _few_digits(), output=output, model_options=drop, **{"recipe": RECIPE, **given, **options}
     )
 
 
@@ -124,7 +124,7 @@ def test_unknown_data(tmp_path: Path) -> None:
 
 SCRIPT = """
 import sys
-from manyheads.models.training import train_vision
+from manyheads.models.training import make_optimizer, train_vision
 options = dict(depths=(1, 1), embed_dims=(32, 64), topks=(2, -2), regions=2)
 train_vision("biformer_tiny", "digits", output=sys.argv[1], epochs=2, batch_size=64, image_size=16, device="cpu",
              save_steps=4, model_options=options, progress=False)
@@ -177,3 +177,34 @@ def test_evaluation_resizes_as_the_authors_do(name: str, left: int) -> None:
     pixels = evaluation_transform(model, 224, recipe_for(name))(wide.convert("RGB"))
     mean, deviation = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
     assert (255 * (pixels * deviation + mean)).round()[:, 112, 2].tolist() == [left] * 3
+
+
+def test_long_gradient_rows_are_clipped_but_not_the_classifiers(tmp_path: Path) -> None:
+    norms: dict[str, torch.Tensor] = {}
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+            for name, weight in model.network.named_parameters():
+                if weight.ndim > 1:
+                    ratio = weight.grad.flatten(1).norm(dim=1) / weight.detach().flatten(1).norm(dim=1).clamp(min=1e-3)
+                    norms[name] = torch.maximum(ratio, norms.get(name, torch.zeros(())))
+
+    recipe = dataclasses.replace(RECIPE, adaptive_clip=1e-3)
+    _train(tmp_path, recipe=recipe, epochs=1, callbacks=[Watch()])
+    last = norms.pop("head.weight")
+    assert last.max() > 1e-3
+    assert max(ratio.max().item() for ratio in norms.values()) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_halonet_learns_by_sgd_but_small_images_by_adamw() -> None:
+    assert (recipe_for("halonet_h1").optimizer, recipe_for("halonet_h1", small_images=True).optimizer) == (
+        "sgd",
+        "adamw",
+    )
+    optimizer = make_optimizer(torch.nn.Linear(2, 2), 0.4, 4e-5, "sgd")
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert [(group["nesterov"], group["momentum"]) for group in optimizer.param_groups] == [(True, 0.9)] * 2
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 4e-5}
+    assert recipe_for("shvit_s2").adaptive_clip == 0.02
+    with pytest.raises(ValueError, match="optimizer='lion' is not one of"):
+        make_optimizer(torch.nn.Linear(2, 2), 0.4, 0.0, "lion")

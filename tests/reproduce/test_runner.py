@@ -51,7 +51,7 @@ def test_one_claim_by_name(davit_claims):
 
 def test_planned_and_unknown_systems_are_refused():
     assert "davit" in reproducible()
-    with pytest.raises(ValueError, match="medusa is planned"):
-        claims_of("medusa")
+    with pytest.raises(ValueError, match="acmil is planned"):
+        claims_of("acmil")
     with pytest.raises(ValueError, match="did you mean 'davit'"):
         claims_of("dawit")

@@ -5,6 +5,7 @@ from manyheads.adapt.duo_attention import DuoAttention
 from manyheads.adapt.duo_cache import DuoCache, live_bytes
 from manyheads.adapt.duo_gates import optimise_gates
 from manyheads.adapt.mixture_of_heads import MixtureOfHeads
+from manyheads.adapt.sparsifiner import train_sparsifiner
 
 __all__ = [
     "AgentDiffusion",
@@ -13,4 +14,5 @@ __all__ = [
     "MixtureOfHeads",
     "live_bytes",
     "optimise_gates",
+    "train_sparsifiner",
 ]

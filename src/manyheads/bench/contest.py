@@ -130,6 +130,7 @@ def contestants(shape: Shape) -> dict[str, tuple[str, Callable[..., Tensor]]]:
         "maxvit": _multi_axis,
         "ninformer": _mixer_gate,
         "moh": _mixture_of_heads,
+        "sparsifiner": _predicted_pairs,
         "spectformer": _spectral,
         "transnext": _aggregated,
         "duo_attention": _duo,
@@ -308,6 +309,22 @@ def _spectral(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
         return out.flatten(1, 2).unflatten(2, v.shape[1::2]).transpose(1, 2)
 
     return f"filter of {rows} x {columns}", filtered
+
+
+def _predicted_pairs(shape: Shape) -> tuple[str, Callable[..., Tensor]]:
+    from manyheads.layers.sparsifiner import ConnectivityPredictor
+    from manyheads.ops.sparse_connectivity import PairRule, pair_index, sparse_attention
+
+    rule = PairRule(coefficient_top=min(8, max(1, shape.length // 6)))
+    factor = min(6, shape.length)
+    predictor = ConnectivityPredictor(shape.head_dim, shape.length, reduce_tokens=factor, rule=rule)
+    predictor.requires_grad_(False)
+
+    def predicted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = predictor.to(q.device, q.dtype)(q, k).scores
+        return sparse_attention(q, k, v, pair_index(scores, rule))
+
+    return "a quarter of the keys, by prediction", predicted
 
 
 def _mixer_gate(shape: Shape) -> tuple[str, Callable[..., Tensor]]:

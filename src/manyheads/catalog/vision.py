@@ -290,6 +290,14 @@ VISION_SYSTEMS = (
         patterns=SELF,
         rooms=("layers", "models"),
         why="One attention body that sees the whole image drives light heads at several scales of a classifier.",
+        state="works",
+        public=(
+            "manyheads.layers.medusa.GlobalAttention",
+            "manyheads.layers.medusa.ScaleHead",
+            "manyheads.layers.medusa.MultiScaleHeads",
+            "manyheads.layers.medusa.legacy_resize",
+            "manyheads.models.vision.medusa.Medusa",
+        ),
     ),
     System(
         slug="neighborhood_attention",
@@ -363,8 +371,16 @@ VISION_SYSTEMS = (
         arxiv="2303.13755",
         kind="operator",
         patterns=SELF,
-        rooms=("ops", "layers", "models", "adapt"),
+        rooms=("ops", "layers", "models", "objectives", "adapt"),
         why="A cheap predictor decides for every query and head which keys to attend; the rest is not computed.",
+        state="works",
+        public=(
+            "manyheads.ops.sparse_connectivity.predict_scores",
+            "manyheads.ops.sparse_connectivity.sparse_attention",
+            "manyheads.layers.sparsifiner.SparsifiedAttention",
+            "manyheads.models.vision.sparsifiner.Sparsifiner",
+            "manyheads.adapt.sparsifiner.train_sparsifiner",
+        ),
     ),
     System(
         slug="spectformer",

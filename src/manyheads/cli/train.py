@@ -91,7 +91,10 @@ def train(
             typer.echo(f"{trained.steps} steps, test loss {trained.test_loss:.4f}; model: {trained.output}")
         return
     _refuse("vision", steps=steps, context_parallel=None if context_parallel == 1 else context_parallel)
-    from manyheads.models.training import train_vision
+    if model.removeprefix("manyheads_").startswith("sparsifiner_"):
+        from manyheads.adapt.sparsifiner import train_sparsifiner as train_vision
+    else:
+        from manyheads.models.training import train_vision
 
     data = data or "digits"
     result = train_vision(

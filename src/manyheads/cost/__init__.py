@@ -15,6 +15,7 @@ from manyheads.cost.vision import (
     mixer_gate,
     mixture_of_heads,
     multi_axis,
+    predicted_pairs,
     reversed_,
     spectral,
     through_agents,
@@ -37,6 +38,7 @@ FORMULAS = {
     "maxvit": multi_axis,
     "ninformer": mixer_gate,
     "moh": mixture_of_heads,
+    "sparsifiner": predicted_pairs,
     "spectformer": spectral,
     "transnext": aggregated,
     "duo_attention": duo,
@@ -67,6 +69,7 @@ def cost(
         settings: the system's own sizes: ``window`` (neighborhood_attention, keys for every query), ``block``
             (lightning), ``regions`` and ``topk`` (biformer), ``window`` (tokens of a side) and ``alpha`` (litv2),
             ``window`` (likewise) and ``pooled`` (transnext), ``partition`` (maxvit), ``block`` and ``halo`` (halonet),
+            ``keep_rate``, ``reduce_channels``, ``reduce_tokens``, ``coefficients`` and ``basis_density`` (sparsifiner),
             ``tokens_hidden`` and ``channels_hidden`` (ninformer, units of the gate's two feed-forwards),
             ``shared`` and ``active`` heads (moh), ``retrieval``, ``sinks``, ``recent`` and ``chunk``
             (duo_attention), ``causal`` (dense).

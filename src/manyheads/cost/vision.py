@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from math import log2
 
 from manyheads.cost.formulas import Cost, Shape
@@ -110,6 +111,41 @@ def spectral(shape: Shape) -> Cost:
         backward_flops=2 * numbers * (5 * log2(max(shape.length, 2)) + 3),
         # Input and output, and the complex half spectrum once written and once read.
         traffic_bytes=numbers * (2 * shape.element_bytes + 2 * 4),
+        state_bytes=None,
+        decode_flops=None,
+    )
+
+
+def predicted_pairs(
+    shape: Shape,
+    *,
+    keep_rate: float = 0.25,
+    reduce_channels: int = 2,
+    reduce_tokens: int = 6,
+    coefficients: int = 8,
+    basis_density: float = 1.0,
+) -> Cost:
+    """Sparsifiner: the low-rank predictor, then attention over the pairs it chooses (token 0 attends to all).
+
+    ``basis_density`` is the share of the predictor's basis that its threshold leaves.
+    """
+    tokens, width = shape.length, shape.head_dim
+    channels, places = max(1, width // reduce_channels), max(1, tokens // reduce_tokens)
+    kept = math.ceil(keep_rate * tokens)
+    share = min(coefficients, places) * basis_density * tokens
+    predictor = 2 * tokens * width * channels + (2 * tokens - 1) * channels * places + (tokens - 1) * share
+    pairs = 2 * width * ((tokens - 1) * kept + tokens)
+    heads = shape.batch * shape.heads
+    operations = 2.0 * heads * (predictor + pairs)
+    lists = 8.0 * heads * (tokens - 1) * kept
+    return Cost(
+        settings=f"{kept} of {tokens} keys by {places} reduced tokens of {channels} channels",
+        formula="forward 2 H (2 N D c + (2 N - 1) c K + (N - 1) k' N s) for the predictor and 4 H D ((N - 1) k + N) for "
+        "the pairs, with c channels, K reduced tokens, k' coefficients, density s, k keys; backward twice the pairs",
+        causal=False,
+        forward_flops=operations,
+        backward_flops=4.0 * heads * pairs,
+        traffic_bytes=float(4 * heads * tokens * width * shape.element_bytes) + lists,
         state_bytes=None,
         decode_flops=None,
     )

@@ -14,11 +14,13 @@ from manyheads.layers.inline import InLineAttention, InLineStripeAttention
 from manyheads.layers.latent import CrossLayer, LatentAttention, SelfLayer
 from manyheads.layers.lightning import TNLAttention
 from manyheads.layers.maxvit import MBConv, MultiAxisAttention, PartitionAttention
+from manyheads.layers.medusa import GlobalAttention, MultiScaleHeads, ScaleHead
 from manyheads.layers.mixer_gate import MixerGating, TokenMixer
 from manyheads.layers.mixture_of_heads import HeadRouter, MixtureOfHeadsAttention, collect_routing
 from manyheads.layers.neighborhood import NeighborhoodAttention
 from manyheads.layers.shifted_window import ShiftedWindowAttention
 from manyheads.layers.shvit import SingleHeadAttention
+from manyheads.layers.sparsifiner import ConnectivityPredictor, SparsifiedAttention
 from manyheads.layers.spatial_reduction import SpatialReductionAttention
 from manyheads.layers.spectral import SpectralGating
 from manyheads.layers.tap import PooledNorm, TokenAwarePooling
@@ -31,6 +33,7 @@ __all__ = [
     "BiDimensionalAttention",
     "BiLevelRoutingAttention",
     "ChannelAttention",
+    "ConnectivityPredictor",
     "ConvFeedForward",
     "ConvGLU",
     "ConvPositionEncoding",
@@ -38,6 +41,7 @@ __all__ = [
     "CrossLayer",
     "DeformableMerging",
     "FANBlock",
+    "GlobalAttention",
     "HaloAttention",
     "HeadRouter",
     "HiLoAttention",
@@ -49,14 +53,17 @@ __all__ = [
     "MixerGating",
     "MixtureOfHeadsAttention",
     "MultiAxisAttention",
+    "MultiScaleHeads",
     "NeighborhoodAttention",
     "PartitionAttention",
     "PooledNorm",
     "PositionAwareTokens",
     "ReversedAttention",
+    "ScaleHead",
     "SelfLayer",
     "ShiftedWindowAttention",
     "SingleHeadAttention",
+    "SparsifiedAttention",
     "SpatialReductionAttention",
     "SpectralGating",
     "StripeAttention",

@@ -16,6 +16,7 @@ Analysis", arXiv 2110.06063.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -173,6 +174,26 @@ class ScaleHead(nn.Conv2d):
         return torch.addcmul(x, x, self.attention(weights, (x.shape[2], x.shape[3])))
 
 
+class _Current:
+    """The map that the body made for the images that are on their way through the model."""
+
+    weights: Tensor | None = None
+
+
+class _HookedHead(ScaleHead):
+    """A head that attends the output of the module that it is hooked to.
+
+    The hook is a method, which a deep copy of the model takes along; a function would go on serving the original.
+    """
+
+    def __init__(self, channels: int, current: _Current) -> None:
+        super().__init__(channels)
+        self.current = current
+
+    def attend(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+        return output if self.current.weights is None else self(output, self.current.weights)
+
+
 class MultiScaleHeads(nn.Module):
     """MEDUSA's body and heads around any convolutional network: the outputs of the named modules are attended.
 
@@ -214,23 +235,18 @@ class MultiScaleHeads(nn.Module):
             raise ValueError(f"modules={list(modules)}: {missing or 'nothing'} is not in {type(model).__name__}")
         self.model, self.modules_attended, self.semantic_size = model, tuple(modules), semantic_size
         self.body = GlobalAttention(width)
-        self.heads = nn.ModuleList(ScaleHead(channels) for channels in self._probe(known, image_size, in_chans))
-        self._map: Tensor | None = None
+        channels = self._probe(known, image_size, in_chans)
+        self.current = _Current()
+        self.heads = nn.ModuleList(_HookedHead(width, self.current) for width in channels)
         for name, head in zip(modules, self.heads):
-            known[name].register_forward_hook(self._hook(head))
+            known[name].register_forward_hook(cast(_HookedHead, head).attend)
 
     def forward(self, image: Tensor, semantic: Tensor | None = None) -> Tensor:
-        self._map = self.body(semantic_image(image, self.semantic_size) if semantic is None else semantic)
+        self.current.weights = self.body(semantic_image(image, self.semantic_size) if semantic is None else semantic)
         try:
             return self.model(image)
         finally:
-            self._map = None
-
-    def _hook(self, head: nn.Module):
-        def attend(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-            return output if self._map is None else head(output, self._map)
-
-        return attend
+            self.current.weights = None
 
     def _probe(self, known: dict[str, nn.Module], image_size: int | Size, in_chans: int) -> list[int]:
         sides = (image_size, image_size) if isinstance(image_size, int) else image_size

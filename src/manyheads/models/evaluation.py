@@ -26,7 +26,7 @@ from manyheads.data.corruptions import SEVERITIES, check_corruption, corrupt
 from manyheads.models.image_data import ImageData, load_images
 from manyheads.models.recipes import recipe_for
 from manyheads.models.registry import check_classifies, create_model
-from manyheads.models.training import fit_to_size, test_transform
+from manyheads.models.training import fit_to_size, suitable_size, test_transform
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -183,7 +183,7 @@ def prepare(
         options = {"num_classes": images.classes, **(model_options or {})}
         model = create_model(model, checkpoint=checkpoint, **options)
     model = model.to(device, DTYPES[dtype]).eval()
-    size = image_size or images.image_size or int(getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224))[-1])
+    size = image_size or suitable_size(model, images.image_size)
     fit_to_size(model, size)
     recipe = recipe_for(name, small_images=images.image_size is not None)
     images.test.transform = test_transform(model, size, recipe)

@@ -10,15 +10,18 @@ from manyheads.models.registry import PREFIX
 
 @dataclass(frozen=True)
 class Recipe:
-    """AdamW, linear warm-up, cosine decay, timm's augmentations.
+    """AdamW or SGD, linear warm-up, cosine decay, timm's augmentations.
 
     Attributes:
+        optimizer: "adamw", or "sgd" with Nesterov momentum of 0.9.
         lr: peak learning rate for 1,024 images a step.
         linear_scaling: other batches scale the learning rates linearly; False takes them as they are.
         epochs, warmup_epochs: length of the training and of the warm-up.
         warmup_lr, min_lr: where the rate starts and ends, likewise.
         weight_decay: on matrices and kernels only.
         clip_grad: largest norm of the gradient; 0 does not clip.
+        adaptive_clip: largest norm of a row of the gradient in units of its weights' norm, in all layers but the
+            classifier; 0 does not clip (arXiv 2102.06171).
         drop_path: stochastic depth of the last block.
         label_smoothing: share of the target spread over all classes.
         auto_augment: timm's name of a RandAugment policy; "" has none.
@@ -34,6 +37,7 @@ class Recipe:
         head_balance: weight of the load-balancing loss, in models whose tokens choose their heads.
     """
 
+    optimizer: str = "adamw"
     lr: float = 1e-3
     linear_scaling: bool = True
     epochs: int = 300
@@ -42,6 +46,7 @@ class Recipe:
     min_lr: float = 1e-5
     weight_decay: float = 0.05
     clip_grad: float = 0.0
+    adaptive_clip: float = 0.0
     drop_path: float = 0.1
     label_smoothing: float = 0.1
     auto_augment: str = "rand-m9-mstd0.5-inc1"
@@ -79,9 +84,8 @@ _TRANSNEXT_384 = dataclasses.replace(
 )
 # arXiv 2410.11842: the backbone's own, with the default weight of the load-balancing loss.
 _MOH_SMALL, _MOH_BASE = (dataclasses.replace(_TRANSNEXT, drop_path=drop) for drop in (0.45, 0.6))
-# arXiv 2401.16456, batches of 2,048; its adaptive clipping of gradients (0.02), repeated augmentation and averaged
-# weights are left out.
-_SHVIT = Recipe(lr=2e-3, min_lr=5e-6, drop_path=0.0)
+# arXiv 2401.16456, batches of 2,048; its repeated augmentation and averaged weights are left out.
+_SHVIT = Recipe(lr=2e-3, min_lr=5e-6, drop_path=0.0, adaptive_clip=0.02)
 # arXiv 2312.08874 and 2412.06590 share one program. Left out: the 10 epochs at the lowest rate after the cosine (PVT,
 # CSwin) and CSwin's averaged weights.
 _HOST = Recipe(warmup_epochs=20, clip_grad=5.0)
@@ -109,8 +113,12 @@ _HOST_SIZES = {
 # an annotator's label maps (``manyheads.objectives.token_label`` has the loss).
 _SPECTFORMER = Recipe(epochs=330, clip_grad=1.0, random_erasing=0.0, drop_path=0.0, crop_pct=0.9)
 _SPECTFORMER_PYRAMID = Recipe(epochs=310, drop_path=0.1, crop_pct=0.9)
-# arXiv 2103.12731 trained for 350 epochs by SGD, of which AdamW stands in here; its averaged weights are left out.
-_HALONET = Recipe(epochs=350, cutmix=0.0, mixup=0.0, random_erasing=0.0, crop_pct=0.95)
+# arXiv 2103.12731: 350 epochs by SGD with batches of 4,096; rate and decay are the usual ones of ResNets, 0.1 for 256
+# images and 4e-5. Its averaged weights are left out.
+_HALONET = Recipe(
+    optimizer="sgd", lr=0.4, warmup_lr=1e-3, min_lr=0.0, weight_decay=4e-5, epochs=350, cutmix=0.0, mixup=0.0,
+    random_erasing=0.0, crop_pct=0.95,
+)  # fmt: skip
 # arXiv 2403.02411: Adam at one rate, batches of 128. Its program shifts and mirrors the test images too; ours does not.
 _NINFORMER = Recipe(
     linear_scaling=False, epochs=100, warmup_epochs=0, warmup_lr=1e-3, min_lr=1e-3, weight_decay=0.0, drop_path=0.0,
@@ -133,6 +141,15 @@ _DUALTOKEN = Recipe(
 # arXiv 2306.11248: averaged weights are left out; its loss is the model's own (``DynPerceiver.training_loss``).
 _DYN_PERCEIVER = Recipe(warmup_epochs=20, min_lr=1e-6, drop_path=0.0)
 _DYN_PERCEIVER_RESNET = dataclasses.replace(_DYN_PERCEIVER, lr=6e-4, drop_path=0.2)
+# arXiv 2303.13755, the 45 epochs after the predictors' 5, from the weights of a trained model, 8 x 168 images a step.
+_SPARSIFINER = Recipe(lr=8e-5, min_lr=2e-6, linear_scaling=False, epochs=45, warmup_epochs=3)
+# arXiv 2110.06063: Adam without decay at one rate, whatever the batch (16). The number of epochs is not published. Left
+# out: batches of half positives and half negatives, weights of the classes, shear and rotation.
+_MEDUSA = Recipe(
+    lr=1e-4, linear_scaling=False, epochs=50, warmup_epochs=0, warmup_lr=1e-4, min_lr=1e-4, weight_decay=0.0,
+    drop_path=0.0, label_smoothing=0.0, auto_augment="", mixup=0.0, cutmix=0.0, random_erasing=0.0, color_jitter=0.1,
+    crop_scale=0.9, crop_pct=1.0,
+)  # fmt: skip
 RECIPES = {
     **{f"dyn_perceiver_regnet_y_{size}": _DYN_PERCEIVER for size in ("400mf", "800mf", "1_6gf", "3_2gf")},
     **{
@@ -210,15 +227,17 @@ def recipe_for(model: str, *, small_images: bool = False) -> Recipe:
         "fan": _FAN_TAP,
         "rvt": _RVT_TAP,
         "halonet": _HALONET,
+        "medusa": _MEDUSA,
         "ninformer": _NINFORMER,
         "dependency": _DEPENDENCY,
         "dualtoken": _DUALTOKEN,
+        "sparsifiner": _SPARSIFINER,
     }
     recipe = RECIPES.get(name, families.get(name.split("_")[0], Recipe()))
     if not small_images:
         return recipe
     return dataclasses.replace(
-        recipe, epochs=20, warmup_epochs=1, lr=8e-3, linear_scaling=True, min_lr=1e-4, warmup_lr=1e-4, drop_path=0.0,
-        hflip=0.0, crop_scale=0.7, crop_padding=0, auto_augment="rand-m3-n1-mstd0.5-inc1", mixup=0.1, cutmix=0.0,
-        random_erasing=0.0, crop_pct=1.0,
+        recipe, optimizer="adamw", epochs=20, warmup_epochs=1, lr=8e-3, linear_scaling=True, min_lr=1e-4,
+        warmup_lr=1e-4, drop_path=0.0, hflip=0.0, crop_scale=0.7, crop_padding=0,
+        auto_augment="rand-m3-n1-mstd0.5-inc1", mixup=0.1, cutmix=0.0, random_erasing=0.0, crop_pct=1.0,
     )  # fmt: skip

@@ -22,10 +22,12 @@ import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_transform
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
 from torchvision import transforms
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from manyheads.engines.common import check_choice
 from manyheads.layers.mixture_of_heads import collect_routing
 from manyheads.models.checkpoints import save_checkpoint
 from manyheads.models.image_data import ImageData, LabelledImages, load_images
@@ -33,6 +35,9 @@ from manyheads.models.recipes import Recipe, recipe_for
 from manyheads.models.registry import check_classifies, create_model
 from manyheads.models.vision.token_robustness import attention_maps
 from manyheads.objectives.diversification import attention_diversification_loss
+
+# A loss of one's own: (images, targets, label smoothing) to (loss, logits).
+Objective = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 WEIGHTS, HISTORY = "model.safetensors", "training.json"
 
@@ -87,6 +92,7 @@ def train_vision(
     model_options: dict[str, Any] | None = None,
     progress: bool = True,
     callbacks: Sequence[TrainerCallback] = (),
+    objective: Callable[[nn.Module], Objective] | None = None,
 ) -> Training:
     """Train a registered vision model as its paper does.
 
@@ -111,6 +117,7 @@ def train_vision(
         model_options: of ``create_model``.
         progress: show progress bars.
         callbacks: transformers' callbacks to run along.
+        objective: makes a loss for the network, and may freeze parts of it; None takes cross entropy.
 
     Raises:
         ValueError: unknown names, a model that classifies nothing, an odd batch, more images a step than there are, no
@@ -139,10 +146,12 @@ def train_vision(
     use_cpu = _on_cpu(device)
 
     set_seed(seed)
-    options = {"num_classes": images.classes, "drop_path_rate": recipe.drop_path, **(model_options or {})}
+    depth = {"drop_path_rate": recipe.drop_path} if recipe.drop_path else {}
+    options = {"num_classes": images.classes, **depth, **(model_options or {})}
     network = create_model(model, checkpoint=checkpoint, **options)
-    size = image_size or images.image_size or _model_size(network)
+    size = image_size or suitable_size(network, images.image_size)
     fit_to_size(network, size)
+    loss = objective(network) if objective is not None else None
     train.seed = seed
     train.transform, images.test.transform = (
         train_transform(network, size, recipe),
@@ -202,14 +211,14 @@ def train_vision(
     if recipe.mixup or recipe.cutmix:
         mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=images.classes)
     trainer = _Trainer(
-        model=_Classifier(network, recipe, mix),
+        model=_Classifier(network, recipe, mix, loss),
         args=arguments,
         data_collator=_collate,
         train_dataset=train,
         eval_dataset=images.test,
         compute_metrics=_accuracy,
-        optimizers=(make_optimizer(network, rate, recipe.weight_decay), None),
-        callbacks=[_Record(settings, train), *callbacks],
+        optimizers=(make_optimizer(network, rate, recipe.weight_decay, recipe.optimizer), None),
+        callbacks=[_Record(settings, train, network), _AdaptiveClip(network, recipe.adaptive_clip), *callbacks],
     )
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
 
@@ -230,8 +239,8 @@ def train_vision(
     return result
 
 
-def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW without decay on biases, norms and what ``model.no_weight_decay()`` names.
+def make_optimizer(model: nn.Module, lr: float, weight_decay: float, optimizer: str = "adamw") -> torch.optim.Optimizer:
+    """AdamW or SGD ("sgd") without decay on biases, norms and what ``model.no_weight_decay()`` names.
 
     Parameters that ``model.lr_scales()`` names learn at that share of the rate, through the whole schedule.
     """
@@ -247,7 +256,8 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.op
             if (chosen := [parameter for parameter in group["params"] if by_tensor[id(parameter)] == scale])
         ]
 
-    return create_optimizer_v2(model, "adamw", lr=lr, weight_decay=weight_decay, param_group_fn=groups)
+    check_choice("optimizer", optimizer, ("adamw", "sgd"))
+    return create_optimizer_v2(model, optimizer, lr=lr, weight_decay=weight_decay, param_group_fn=groups)
 
 
 def train_transform(model: nn.Module, size: int, recipe: Recipe) -> Callable:
@@ -294,9 +304,11 @@ def test_transform(model: nn.Module, size: int, recipe: Recipe) -> Callable:
 class _Classifier(nn.Module):
     """A vision model that speaks the trainer's language; while it trains, it mixes images and targets."""
 
-    def __init__(self, network: nn.Module, recipe: Recipe, mix: Mixup | None) -> None:
+    def __init__(
+        self, network: nn.Module, recipe: Recipe, mix: Mixup | None, objective: Objective | None = None
+    ) -> None:
         super().__init__()
-        self.network, self.recipe, self.mix = network, recipe, mix
+        self.network, self.recipe, self.mix, self.objective = network, recipe, mix, objective
 
     def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
         targets, smoothing = labels, self.recipe.label_smoothing if self.training else 0.0
@@ -304,6 +316,9 @@ class _Classifier(nn.Module):
             # On a copy, because timm mixes in place; its targets are smooth already.
             pixel_values, targets = self.mix(pixel_values.clone(), labels)
             smoothing = 0.0
+        if self.training and self.objective is not None:
+            loss, logits = self.objective(pixel_values, targets, smoothing)
+            return {"loss": loss, "logits": logits}
         if self.training and hasattr(self.network, "training_loss"):
             # Several outputs, and a loss of the model's own.
             outputs = self.network(pixel_values)
@@ -339,11 +354,32 @@ class _Trainer(Trainer):
             self.args.dataloader_drop_last = True
 
 
-class _Record(TrainerCallback):
-    """Keep the settings beside the checkpoints, to tell another run from a resumption; tell the images the epoch."""
+class _AdaptiveClip(TrainerCallback):
+    """Before a step, shorten the gradient's rows that are long beside their weights; not the classifier's."""
 
-    def __init__(self, settings: dict[str, Any], train: LabelledImages) -> None:
-        self.settings, self.train = settings, train
+    def __init__(self, network: nn.Module, largest: float) -> None:
+        last = {id(parameter) for parameter in cast(Any, network).get_classifier().parameters()} if largest else set()
+        self.parameters = [parameter for parameter in network.parameters() if id(parameter) not in last]
+        self.largest = largest
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.largest:
+            adaptive_clip_grad(self.parameters, clip_factor=self.largest)
+
+
+class _Record(TrainerCallback):
+    """Keep the settings beside the checkpoints, to tell another run from a resumption; tell images and model the epoch.
+
+    A model with ``frozen_parameters(epoch)`` says which of its parameters do not learn in an epoch.
+    """
+
+    def __init__(self, settings: dict[str, Any], train: LabelledImages, network: nn.Module) -> None:
+        self.settings, self.train, self.network = settings, train, network
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        frozen: Any = getattr(self.network, "frozen_parameters", None)
+        for parameter in frozen(self.train.epoch) if frozen else ():
+            parameter.grad = None
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # A resumed run counts in fractions of an epoch.
@@ -400,6 +436,12 @@ def fit_to_size(model: nn.Module, size: int) -> None:
     config = getattr(model, "pretrained_cfg", {})
     if config.get("fixed_input_size") and size != _model_size(model):
         cast(Any, model).set_input_size((size, size))
+
+
+def suitable_size(model: nn.Module, image_size: int | None) -> int:
+    """The side that suits the images, or the model's smallest if that is larger; None takes the model's own."""
+    least = getattr(model, "pretrained_cfg", {}).get("min_input_size") or (0,)
+    return _model_size(model) if image_size is None else max(image_size, least[-1])
 
 
 def _model_size(model: nn.Module) -> int:

@@ -20,6 +20,7 @@ from manyheads.ops.multi_axis import block_attention, grid_attention, relative_b
 from manyheads.ops.neighborhood import neighborhood_attention, neighborhood_decode
 from manyheads.ops.neighborhood_plan import neighborhood_mask
 from manyheads.ops.reversed import dependency_mask, reversed_attention
+from manyheads.ops.sparse_connectivity import PairRule, pair_index, pair_mask, predict_scores, sparse_attention
 from manyheads.ops.spectral import resize_filter, spectral_gating
 from manyheads.ops.streaming import streaming_attention
 from manyheads.ops.token_merge import TokenMatching, match_tokens
@@ -27,6 +28,7 @@ from manyheads.ops.window import window_attention, window_merge, window_partitio
 
 __all__ = [
     "GateWeights",
+    "PairRule",
     "Routing",
     "TokenMatching",
     "agent_attention",
@@ -55,11 +57,15 @@ __all__ = [
     "neighborhood_attention",
     "neighborhood_decode",
     "neighborhood_mask",
+    "pair_index",
+    "pair_mask",
+    "predict_scores",
     "query_norm_routing",
     "relative_bias",
     "resize_filter",
     "resize_token_mixing",
     "reversed_attention",
+    "sparse_attention",
     "spectral_gating",
     "streaming_attention",
     "token_mixing_gate",

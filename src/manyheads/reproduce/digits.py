@@ -95,6 +95,12 @@ def _cross_entropy(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(model(images), labels)
 
 
+def margin_of(scores: dict[str, list[float]]) -> float:
+    """Twice the standard error of a difference of two means over seeds, from the spread pooled over all models."""
+    pooled = mean(stdev(values) ** 2 for values in scores.values()) ** 0.5
+    return 2 * pooled * (2 / len(next(iter(scores.values())))) ** 0.5
+
+
 def compare(scores: dict[str, list[float]], ours: str, rivals: tuple[str, ...]) -> Finding:
     """Whether ``ours`` keeps up with its rivals, judged by means over seeds and their standard errors.
 
@@ -103,8 +109,7 @@ def compare(scores: dict[str, list[float]], ours: str, rivals: tuple[str, ...]) 
     the margin. Inconclusive otherwise.
     """
     means = {name: mean(values) for name, values in scores.items()}
-    pooled = mean(stdev(values) ** 2 for values in scores.values()) ** 0.5
-    margin = 2 * pooled * (2 / len(scores[ours])) ** 0.5
+    margin = margin_of(scores)
     best, worst = max(means[name] for name in rivals), min(means[name] for name in rivals)
     verdict = Verdict.INCONCLUSIVE
     if means[ours] >= best - margin:

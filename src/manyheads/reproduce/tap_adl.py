@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from statistics import mean, stdev
+from statistics import mean
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
@@ -16,7 +15,7 @@ from manyheads.models import create_model
 from manyheads.models.vision.token_robustness import add_token_pooling, attention_maps
 from manyheads.objectives.diversification import attention_diversification_loss, overfocus
 from manyheads.reproduce.claims import Claim, Finding, Verdict
-from manyheads.reproduce.digits import accuracy, train_on_digits
+from manyheads.reproduce.digits import accuracy, margin_of, train_on_digits
 
 CORRUPTIONS = ("gaussian_noise", "gaussian_blur", "contrast")
 EPOCHS, PEAK = 12, 4e-3
@@ -36,7 +35,7 @@ def robust_to_corruption(seed: int) -> Finding:
             corrupted[name].append(mean(accuracy(model, part, labels) for part in spoiled))
     gain = mean(corrupted["both"]) - mean(corrupted["plain"])
     loss = mean(clean["plain"]) - mean(clean["both"])
-    margin, clean_margin = _margin(corrupted), _margin(clean)
+    margin, clean_margin = margin_of(corrupted), margin_of(clean)
     verdict = Verdict.INCONCLUSIVE
     if gain > margin and loss <= clean_margin:
         verdict = Verdict.CONFIRMED
@@ -61,8 +60,8 @@ def less_overfocusing(seed: int) -> Finding:
                 model(images)
             focus[name].append(mean(overfocus(weights) for weights in maps))
             similarity[name].append(attention_diversification_loss(maps).item())
-    falls = all(mean(values["ADL"]) < mean(values["plain"]) - _margin(values) for values in (focus, similarity))
-    rises = any(mean(values["ADL"]) > mean(values["plain"]) + _margin(values) for values in (focus, similarity))
+    falls = all(mean(values["ADL"]) < mean(values["plain"]) - margin_of(values) for values in (focus, similarity))
+    rises = any(mean(values["ADL"]) > mean(values["plain"]) + margin_of(values) for values in (focus, similarity))
     verdict = Verdict.CONFIRMED if falls else Verdict.REFUTED if rises else Verdict.INCONCLUSIVE
     return Finding(
         {"largest_share": mean(focus["ADL"]), "adl": mean(similarity["ADL"])},
@@ -122,12 +121,6 @@ def _spoil(images: Tensor, kind: str, strength: int) -> Tensor:
         pil_to_tensor(corrupt(to_pil_image(image), kind, strength, seed=index)) for index, image in enumerate(images)
     ]
     return torch.stack(spoiled).float() / 255
-
-
-def _margin(scores: dict[str, list[float]]) -> float:
-    """Twice the standard error of a difference of two means, the spread pooled over all models."""
-    pooled = np.mean([stdev(values) ** 2 for values in scores.values()]) ** 0.5
-    return float(2 * pooled * (2 / len(next(iter(scores.values())))) ** 0.5)
 
 
 CLAIMS = (

@@ -45,9 +45,10 @@ def _model(config: dict, weights: dict[str, Tensor], given: dict[str, Tensor]) -
     names = ("in_chans", "num_classes", "img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
     names += ("qkv_bias", "qk_norm", "head_selector_temperature", "cpe_depth", "norm_eps")
     options = {name: config[name] for name in names if name in config}
-    pruned = config.get("prune_layers") or config.get("prune_index") or ()
-    if pruned:
-        options |= {"prune_layers": pruned, "prune_ratio": config.get("prune_ratio", 0.16)}
+    # Blocks and ratio of the lite variant: no case of the project's own names them, so both are known by their kind.
+    pruning = [value for name, value in config.items() if name.startswith("prun") and value]
+    for value in pruning:
+        options["prune_layers" if isinstance(value, list) else "prune_ratio"] = value
     first = "blocks.0.attn.message_controller.fc1.weight"
     model = dependency.DependencyViT(
         **options,

@@ -18,6 +18,7 @@ Source: "Dynamic Perceiver for Efficient Visual Recognition", arXiv 2306.11248.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -268,26 +269,27 @@ class DynPerceiver(Backbone):
             same images, of which any may be left out before the next step.
         """
         if index == 0:
-            x, z = self._start(x)
-            for stage in self.stages[:2]:
-                x, z = stage.exchange(x, z)
+            x, latents = self._start(x)
+            for stage in self._list()[:2]:
+                x, latents = stage.exchange(x, latents)
                 x = stage.convolve(x)
-            x, z = self.stages[2].exchange(x, z)
-            logits = None if self.exits is None else self.exits.read_first(z)
-            return logits, x, z, logits
+            x, latents = self._list()[2].exchange(x, latents)
+            logits = None if self.exits is None else self.exits.read_first(latents)
+            return logits, x, latents, logits
+        if not 0 < index < EXITS:
+            raise ValueError(f"step({index}): the exits are 0 to {EXITS - 1}")
         if z is None:
             raise ValueError(f"step({index}) needs the latents that step({index - 1}) returned")
+        third, fourth = self._list()[2:]
         if index == 1:
-            x, z = self.stages[3].exchange(self.stages[2].convolve(x), z)
+            x, z = fourth.exchange(third.convolve(x), z)
             logits = None if self.exits is None or hint is None else self.exits.read_latents(z, hint)
             return logits, x, z, logits
         if index == 2:
-            x = self.stages[3].convolve(x)
+            x = fourth.convolve(x)
             return None if self.exits is None else self.exits.read_map(x), x, z, hint
-        if index == 3:
-            x = x if self.last_write is None else write_map(self.last_write, x, z)
-            return self._classify(x, z, hint), x, z, hint
-        raise ValueError(f"step({index}): the exits are 0 to {EXITS - 1}")
+        x = x if self.last_write is None else write_map(self.last_write, x, z)
+        return None if self.exits is None else self.forward_head((x, z, hint)), x, z, hint
 
     def forward_exits(self, image: Tensor, last: int = EXITS) -> tuple[Tensor, ...]:
         """Logits of the first ``last`` exits: latents of stage 3, of stage 4, the map, both together."""
@@ -305,7 +307,7 @@ class DynPerceiver(Backbone):
         """The last map, the last latents and the logits of exit 2, which the last exit reads together."""
         _, x, z, hint = self.step(0, x)
         _, x, z, hint = self.step(1, x, z, hint)
-        x = self.stages[3].convolve(x)
+        x = self._list()[3].convolve(x)
         return (x if self.last_write is None else write_map(self.last_write, x, z)), z, hint
 
     def forward_head(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -354,7 +356,7 @@ class DynPerceiver(Backbone):
             raise ValueError(f"indices={indices}: the model is pruned to {len(self.stages)} stages")
         maps = []
         x, z = self._start(x)
-        for index, stage in enumerate(self.stages[: max(wanted) + 1] if stop_early else self.stages):
+        for index, stage in enumerate(self._list()[: max(wanted) + 1] if stop_early else self._list()):
             x, z = stage.exchange(x, z)
             x = stage.convolve(x)
             if index == 3 and self.last_write is not None:
@@ -407,8 +409,8 @@ class DynPerceiver(Backbone):
         transfer = None if self.exits is None else self.exits.transfer4
         return _joined([x.mean((2, 3)), z.mean(1)], transfer, hint)
 
-    def _classify(self, x: Tensor, z: Tensor, hint: Tensor | None) -> Tensor | None:
-        return None if self.exits is None else self.exits.read_all(self._join(x, z, hint))
+    def _list(self) -> list[Stage]:
+        return cast(list[Stage], list(self.stages))
 
 
 def write_map(layer: CrossLayer, x: Tensor, z: Tensor) -> Tensor:

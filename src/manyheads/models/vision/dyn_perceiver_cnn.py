@@ -80,7 +80,9 @@ def _mobilenet(width: int | float, in_chans: int) -> Branch:
     net = mobilenet_v3_large(width_mult=float(width))
     features = net.features
     _read_channels(features[0], in_chans)
-    widths = (*(features[i].out_channels for i in (2, 4, 7, 13, 16)),)
+    widths = tuple(
+        [m for m in features[i].modules() if isinstance(m, nn.BatchNorm2d)][-1].num_features for i in (2, 4, 7, 13, 16)
+    )
     last = net.classifier[0]
     assert isinstance(last, nn.Linear)
     return Branch(

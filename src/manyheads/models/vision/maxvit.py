@@ -28,7 +28,7 @@ from manyheads.engines.common import check_choice
 from manyheads.layers.conv_ffn import initialise_convolution
 from manyheads.layers.maxvit import AXES, FLAVOURS, Conv3x3, MBConv, PartitionAttention
 from manyheads.models.registry import register
-from manyheads.models.vision.features import check_image, stage_indices
+from manyheads.models.vision.backbone import Backbone
 from manyheads.models.vision.maxvit_checkpoints import checkpoint_filter_fn
 
 STRIDE = 32
@@ -78,7 +78,7 @@ class Stage(nn.Module):
         return x
 
 
-class MaxViT(nn.Module):
+class MaxViT(Backbone):
     """The MaxViT classifier and backbone, for images of any size.
 
     Args:
@@ -200,13 +200,6 @@ class MaxViT(nn.Module):
                 block.attn_block.attn.set_partition(self.window_size)
                 block.attn_grid.attn.set_partition(self.grid_size)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute blocks in the backward pass instead of keeping their activations."""
-        self.grad_checkpointing = enable
-        for stage in self.modules():
-            if isinstance(stage, Stage):
-                stage.grad_checkpointing = enable
-
     def no_weight_decay(self) -> set[str]:
         """Names that weight decay leaves alone beside biases and norms: the bias tables."""
         return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
@@ -225,46 +218,21 @@ class MaxViT(nn.Module):
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Maps of the stages ``indices`` (all for None, the last n for an int), as timm's feature getter asks for them.
+    def embed(self, image: Tensor) -> Tensor:
+        """The stem, for images that the partitions divide where nothing is padded."""
+        if not self.pad:
+            self._check_size(image)
+        return self.stem(image)
 
-        ``norm`` passes the last stage's map through the final norm, which only the "rw" and "rmlp" models have.
-        """
-        check_choice("output_fmt", output_fmt, ("NCHW",))
-        wanted = stage_indices(len(self.stages), indices)
-        self._check(x)
-        x = self.stem(x)
-        maps = []
-        for s, stage in enumerate(self.stages[: max(wanted) + 1] if stop_early else self.stages):
-            x = stage(x)
-            if s in wanted:
-                maps.append(self.norm(x) if norm and s == len(self.stages) - 1 else x)
-        return maps if intermediates_only else (self.norm(x), maps)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """The last stage's map, (batch, channels, X, Y), normed where the head does not do it."""
-        self._check(x)
-        return self.norm(self.stages(self.stem(x)))
+    def finish(self, x: Tensor) -> Tensor:
+        """The norm before the pooling, which only the "rw" and "rmlp" models have."""
+        return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool and classify; ``pre_logits`` stops before the classifier."""
         return self.head(x, pre_logits=pre_logits)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-    def _check(self, image: Tensor) -> None:
-        check_image(image, self.in_chans)
-        if self.pad:
-            return
+    def _check_size(self, image: Tensor) -> None:
         steps = [STRIDE * math.lcm(*sides) for sides in zip(self.window_size, self.grid_size)]
         if any(size % step for size, step in zip(image.shape[2:], steps)):
             near = " x ".join(_nearest(size, step) for size, step in zip(image.shape[2:], steps))

@@ -142,16 +142,18 @@ class Medusa(nn.Module):
             fresh = nn.Linear(features, self.num_classes) if self.num_classes else nn.Identity()
             self.final_output = fresh.to(like.device, like.dtype)
 
-    def start_epoch(self, epoch: int, *, offset: int = 0) -> None:
+    def frozen_parameters(self, epoch: int, *, offset: int = 0) -> list[nn.Parameter]:
         """The authors' alternation: body and heads learn in every third epoch, everything else in the others.
 
         Args:
             epoch: from 0.
             offset: before this epoch, body and heads do not learn at all.
+
+        Returns:
+            The parameters that keep their values in this epoch; batch norms go on counting.
         """
         body = epoch >= offset and epoch % 3 == 0
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name.startswith("sem.") == body)
+        return [parameter for name, parameter in self.named_parameters() if name.startswith("sem.") != body]
 
     def attend(self, image: Tensor, semantic: Tensor | None = None) -> Tensor:
         """The body's map A, (batch, 1, h, w)."""

@@ -99,7 +99,7 @@ class Host(nn.Module):
             old, new = pair(self.options["img_size"]), pair(img_size)
             sized["window_size"] = max(1, self.options["window_size"] * max(new) // max(old))
         fresh = type(self)(**{**self.options, **sized}).to(like.device, like.dtype)
-        fresh.load_state_dict(resize_state(self.state_dict(), fresh, self.position_grids()))
+        fresh.load_state_dict(self.resize(self.state_dict(), fresh))
         fresh.train(self.training)
         kept = {name: self.__dict__[name] for name in ("grad_checkpointing", "pretrained_cfg", "default_cfg")
                 if name in self.__dict__}  # fmt: skip
@@ -108,6 +108,10 @@ class Host(nn.Module):
     def position_grids(self) -> dict[str, Grid]:
         """The map of every learned position embedding, by its name; hosts without any have none."""
         return {}
+
+    def resize(self, state: State, model: nn.Module) -> State:
+        """A state of this kind of model, its tensors that belong to one image size resized for ``model``."""
+        return resize_state(state, model, self.position_grids())
 
     def no_weight_decay(self) -> set[str]:
         """Position embeddings of DeiT and tables of relative positions are not decayed."""
