@@ -11,8 +11,12 @@ from manyheads.reproduce import moh
 from manyheads.reproduce.claims import Verdict
 
 
-def test_sizes_alone_do_not_confirm_accuracies() -> None:
+def test_sizes_refute_but_do_not_confirm(monkeypatch) -> None:
+    sizes = {"moh_transnext_small_80": 49_910_548, "moh_transnext_base_75": 90_020_632, "moh_dit_xl_2_90": 675_666_464}
+    monkeypatch.setattr(moh, "create_model", lambda name: torch.nn.Linear(sizes[name], 1, bias=False))
     assert moh.published_sizes(0).verdict is Verdict.INCONCLUSIVE
+    sizes["moh_transnext_base_75"] += 10**6
+    assert moh.published_sizes(0).verdict is Verdict.REFUTED
 
 
 def test_the_models_compared_differ_by_their_routers_only() -> None:
