@@ -118,8 +118,8 @@ def predicted_pairs(
     lists = 8.0 * heads * (tokens - 1) * kept
     return Cost(
         settings=f"{kept} of {tokens} keys by {places} reduced tokens of {channels} channels",
-        formula="forward 2 H (2 N D c + (2 N - 1) c K + (N - 1) k' N s) for the predictor and 4 H D ((N - 1) k + N) for "
-        "the pairs, with c channels, K reduced tokens, k' coefficients, density s, k keys; backward twice the pairs",
+        formula="forward 2 H (2 N D c + (2 N - 1) c K + (N - 1) k' N s) for the predictor and 4 H D ((N - 1) k + N) "
+        "for the pairs, with c channels, K reduced tokens, k' coefficients, density s, k keys; backward twice the pairs",
         causal=False,
         forward_flops=operations,
         backward_flops=4.0 * heads * pairs,

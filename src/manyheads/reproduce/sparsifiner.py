@@ -197,8 +197,8 @@ CLAIMS = (
         system="sparsifiner",
         name="learned_masks_beat_windows",
         statement="Learned instance-dependent masks lose less accuracy than fixed windows at equal sparsity.",
-        rule="Mean accuracy on digits of 32 x 32 over 3 seeds, 4 blocks of 48 channels, patches of 4: 5 dense epochs, 2 "
-        "of the predictors, 3 of fine-tuning at a quarter of the keys; the same fine-tuning with the nearest keys and "
+        rule="Mean accuracy on digits of 32 x 32 over 3 seeds, 4 blocks of 48 channels, patches of 4: 5 dense epochs, "
+        "2 of the predictors, 3 of fine-tuning at a quarter of the keys; the same fine-tuning with the nearest keys and "
         "with random ones. Confirmed when learned is at least the window and the window above random; refuted when "
         "learned is below the window; else inconclusive.",
         run=learned_masks_beat_windows,
@@ -208,8 +208,8 @@ CLAIMS = (
         system="sparsifiner",
         name="strong_connections_are_found",
         statement="The predicted mask recovers the strongest connections of the dense model.",
-        rule="After phase 1 of the same miniature: the share of each query's k strongest keys that its k predicted ones "
-        "hold, mean over 4 blocks, by chance k/N. Confirmed at 1.5 times chance, refuted up to 1.1, else inconclusive.",
+        rule="After phase 1 of the same miniature: the share of each query's k strongest keys that its k predicted "
+        "ones hold, mean over 4 blocks, by chance k/N. Confirmed at 1.5 times chance, refuted up to 1.1, else inconclusive.",
         run=strong_connections_are_found,
         full_scale=FULL,
     ),
@@ -217,8 +217,8 @@ CLAIMS = (
         system="sparsifiner",
         name="fewer_operations",
         statement="Attention's operations fall by 48 to 69 %, predictors included.",
-        rule="By formula for DeiT-S, a quarter of the keys, the basis as dense as its initial values leave it: confirmed "
-        "at a reduction of 48 %, refuted below 40 %, else inconclusive.",
+        rule="By formula for DeiT-S, a quarter of the keys, the basis as dense as its initial values leave it: "
+        "confirmed at a reduction of 48 %, refuted below 40 %, else inconclusive.",
         run=fewer_operations,
     ),
     Claim(
