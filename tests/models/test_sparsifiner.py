@@ -152,7 +152,7 @@ def test_losses() -> None:
     assert error == 1.0
     assert divergence == pytest.approx(math.log(2))
     for broken in (([], []), ([scores], [real, real]), ([scores], [real[:, :, 1:]])):
-        with pytest.raises(ValueError, match="go together|do not fit"):
+        with pytest.raises(ValueError, match=r"go together|do not fit"):
             score_reconstruction(*broken)
 
 

@@ -143,7 +143,6 @@ def predicted_pairs(
         formula="forward 2 H (2 N D c + (2 N - 1) c K + (N - 1) k' N s) for the predictor and 4 H D ((N - 1) k + N) "
         "for the pairs, with c channels, K reduced tokens, k' coefficients, density s, k keys; backward twice the "
         "pairs",
-        "for the pairs, with c channels, K reduced tokens, k' coefficients, density s, k keys; backward twice the pairs",
         causal=False,
         forward_flops=operations,
         backward_flops=4.0 * heads * pairs,

@@ -208,8 +208,6 @@ CLAIMS = (
         rule="Mean accuracy on digits of 32 x 32 over 3 seeds, 4 blocks of 48 channels, patches of 4: 5 dense epochs, "
         "2 of the predictors, 3 of fine-tuning at a quarter of the keys; the same fine-tuning with the nearest keys "
         "and with random ones. Confirmed when learned is at least the window and the window above random; refuted when "
-        "2 of the predictors, 3 of fine-tuning at a quarter of the keys; the same fine-tuning with the nearest keys and "
-        "with random ones. Confirmed when learned is at least the window and the window above random; refuted when "
         "learned is below the window; else inconclusive.",
         run=learned_masks_beat_windows,
         full_scale=FULL,
@@ -221,7 +219,6 @@ CLAIMS = (
         rule="After phase 1 of the same miniature: the share of each query's k strongest keys that its k predicted "
         "ones hold, mean over 4 blocks, by chance k/N. Confirmed at 1.5 times chance, refuted up to 1.1, else "
         "inconclusive.",
-        "ones hold, mean over 4 blocks, by chance k/N. Confirmed at 1.5 times chance, refuted up to 1.1, else inconclusive.",
         run=strong_connections_are_found,
         full_scale=FULL,
     ),
