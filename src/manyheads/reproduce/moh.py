@@ -30,7 +30,7 @@ TRAINING: dict[str, Any] = {"size": 8, "epochs": 10, "batch": 128, "learning_rat
 THREE_QUARTERS, HALF = (2, 4), (2, 2)
 SMOLLM_HEADS = MixtureOfHeads(shared=4, active=2)
 # Sized for two minutes: the paper tunes on billions of tokens, here only the attention layers learn.
-STEPS, TOKENS, TEST_TOKENS, RATE = 60, 32, 1024, 1e-4
+STEPS, TOKENS, TEST_TOKENS, RATE = 60, 32, 512, 1e-4
 
 
 def query_norms_choose_well(seed: int) -> Finding:
