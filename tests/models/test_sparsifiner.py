@@ -156,6 +156,7 @@ def test_losses() -> None:
             score_reconstruction(*broken)
 
 
+@pytest.mark.slow
 def test_both_phases_from_the_command_line_function(tmp_path) -> None:
     tiny = {"depth": 1, "embed_dim": 12, "num_heads": 3, "patch_size": 16}
     result = train_sparsifiner(

@@ -193,8 +193,9 @@ def test_one_token_is_the_class_token() -> None:
 def test_compiles_whole(compiling: None) -> None:
     (q, k, v), weights = _qkv(), _weights()
 
+    rule = PairRule(0.4, coefficient_top=2)
+
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        rule = PairRule(0.4, coefficient_top=2)
         return sparse_attention(q, k, v, pair_index(predict_scores(q, k, weights, rule).scores, rule))
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")

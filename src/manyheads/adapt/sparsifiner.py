@@ -68,14 +68,17 @@ def train_sparsifiner(
     if checkpoint is None:
         dense = {**options, "sparse": False}
         recipe = recipe_for("deit", small_images=small)
-        run(output=output / "dense", recipe=recipe, epochs=epochs, model_options=dense)
+        trained = run(output=output / "dense", recipe=recipe, epochs=epochs, model_options=dense)
         checkpoint = output / "dense" / WEIGHTS
+        # At the size of its weights, which would otherwise be resized on the way.
+        options["img_size"] = trained.settings["image_size"]
     teacher = partial(_teacher, model, checkpoint, options)
     first, second = _recipes(model, small)
-    run(
+    trained = run(
         output=output / "predictor", recipe=first, checkpoint=checkpoint, model_options=options,
         epochs=None if epochs is None else max(1, epochs // 9), objective=lambda net: reconstruct(net, teacher(net)),
     )  # fmt: skip
+    options["img_size"] = trained.settings["image_size"]
     return run(
         output=output, recipe=second, checkpoint=output / "predictor" / WEIGHTS, model_options=options, epochs=epochs,
         lr=lr, objective=lambda net: fine_tune(net, teacher(net), self_distillation=self_distillation),

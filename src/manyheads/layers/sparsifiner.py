@@ -187,7 +187,7 @@ class SparsifiedAttention(nn.Module):
         if token_mask is not None and not self.reconstruct:
             alive = F.pad(token_mask, (1, 0), value=True)[:, None, :, None]
             query, key, value = query * alive, key * alive, value * alive
-        whole, prediction, index, rule = self.reconstruct and self.training, None, None, PairRule()
+        whole, prediction, index, rule = self.reconstruct and self.training, None, None, None
         if self.mask_predictor is not None:
             prediction = self.mask_predictor(query, key, token_mask, sparse=not whole)
             rule = self.mask_predictor.rule
@@ -200,7 +200,7 @@ class SparsifiedAttention(nn.Module):
             masked = unmasked if mask is None or whole else _masked_softmax(logits, mask)
             found = AttentionDetails(prediction, mask, masked, unmasked, going_on)
             out = masked.to(value.dtype) @ value
-        elif prediction is None or index is None or whole:
+        elif prediction is None or index is None or rule is None or whole:
             out = F.scaled_dot_product_attention(query, key, value)
         elif self.backend == "blocks":
             out = block_attention(query, key, value, prediction.scores, rule, block=self.block)
