@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from manyheads.adapt.duo_attention import DuoAttention
 from manyheads.adapt.duo_cache import DuoCache, live_bytes
 from manyheads.adapt.duo_pattern import binarize, load_pattern, save_pattern, strongest
+from manyheads.data.cache_names import returned_cache, with_cache
 
 MAP = torch.tensor([[True, False], [False, False], [True, True]])
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma"]
@@ -75,7 +76,7 @@ def chunked_logits(model, duo: DuoAttention, tokens: torch.Tensor, chunks: list[
             more = (
                 {} if mask is None else {"attention_mask": mask[:, :seen], "position_ids": positions(mask, seen, chunk)}
             )
-            rows.append(model(chunk, past_key_values=cache, **more).logits)
+            rows.append(model(chunk, **with_cache(model, cache), **more).logits)
     return torch.cat(rows, dim=1)
 
 
@@ -113,8 +114,8 @@ def test_generate_is_unchanged_when_every_head_is_a_retrieval_head(kind: str) ->
     with DuoAttention(torch.ones(3, 2, dtype=torch.bool), sinks=1, recent=2)(model):
         after = model.generate(tokens, **options)
     assert torch.equal(before.sequences, after.sequences)
-    assert isinstance(after.past_key_values, DuoCache)
-    assert after.past_key_values.nbytes == live_bytes(before.past_key_values)
+    assert isinstance(returned_cache(after), DuoCache)
+    assert returned_cache(after).nbytes == live_bytes(returned_cache(before))
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -164,7 +165,7 @@ def test_generate_makes_chunks_and_beams_and_batches(llama) -> None:
         chunked = llama.generate(tokens, max_new_tokens=6, do_sample=False, prefill_chunk_size=8)
         result = llama.generate(tokens, max_new_tokens=6, do_sample=False, num_beams=3, return_dict_in_generate=True)
         uncached = llama.generate(tokens, max_new_tokens=2, do_sample=False, use_cache=False)
-    assert result.past_key_values.slots[0][1] == 7
+    assert returned_cache(result).slots[0][1] == 7
     assert uncached.shape == (2, 22)
     expected = tokens
     for step in range(6):
@@ -177,19 +178,19 @@ def test_generate_makes_chunks_and_beams_and_batches(llama) -> None:
 def test_streaming_heads_hold_less_memory(llama) -> None:
     tokens = ids(1, 120)
     with torch.no_grad(), DuoAttention(MAP, sinks=2, recent=6)(llama):
-        cache = llama(tokens).past_key_values
+        cache = returned_cache(llama(tokens))
     per_row = 2 * 8 * 4
     assert cache.nbytes == per_row * (3 * 120 + 3 * 8)
     with torch.no_grad():
-        assert live_bytes(llama(tokens).past_key_values) == per_row * 6 * 120
+        assert live_bytes(returned_cache(llama(tokens))) == per_row * 6 * 120
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype) -> None:
     model = tiny().to(dtype)
     with DuoAttention(MAP, sinks=2, recent=5)(model), torch.no_grad():
-        cache = model(ids(1, 20)).past_key_values
-        assert model(ids(1, 1), past_key_values=cache).logits.isfinite().all()
+        cache = returned_cache(model(ids(1, 20)))
+        assert model(ids(1, 1), **with_cache(model, cache)).logits.isfinite().all()
     assert cache.layers[0].stream_keys.dtype == dtype
 
 
@@ -209,24 +210,24 @@ def test_wrong_models_and_maps(llama) -> None:
 def test_wrong_caches_and_masks(llama) -> None:
     tokens, duo = ids(2, 8), DuoAttention(MAP, sinks=1, recent=3)
     with torch.no_grad():
-        filled = llama(tokens).past_key_values
+        filled = returned_cache(llama(tokens))
     other = DuoAttention(~MAP, sinks=1, recent=3).cache()
     padded = torch.ones_like(tokens)
     padded[0, :2] = 0
     with duo(llama), torch.no_grad():
         with pytest.raises(ValueError, match="filled before"):
-            llama(tokens, past_key_values=filled)
+            llama(tokens, **with_cache(llama, filled))
         with pytest.raises(ValueError, match="another retrieval map"):
-            llama(tokens, past_key_values=other)
+            llama(tokens, **with_cache(llama, other))
         with pytest.raises(ValueError, match="on the left"):
             llama(tokens, attention_mask=padded.flip(1))
         with pytest.raises(ValueError, match="2-D attention_mask"):
             llama(tokens, attention_mask=torch.ones(2, 1, 8, 8, dtype=torch.bool))
         with pytest.raises(ValueError, match="packed"):
             llama(tokens, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]).expand(2, -1), use_cache=False)
-        cache = llama(tokens, attention_mask=padded).past_key_values
+        cache = returned_cache(llama(tokens, attention_mask=padded))
         with pytest.raises(ValueError, match="whole sequence"):
-            llama(tokens[:, :1], past_key_values=cache)
+            llama(tokens[:, :1], **with_cache(llama, cache))
 
 
 def test_binarize_by_quantile_keeps_ties() -> None:

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from manyheads.adapt.mixture_of_heads import HeadRouting, MixtureOfHeads
+from manyheads.data.cache_names import returned_cache, with_cache
 from manyheads.interpret.attach import attention_function
 from manyheads.ops import mixture_of_heads as operator
 
@@ -91,8 +92,8 @@ def test_decoding_and_generating_from_a_cache_are_exact(llama) -> None:
         whole = llama(tokens).logits
         cache, rows = None, []
         for chunk in tokens.split([4, 1, 3], dim=1):
-            out = llama(chunk, past_key_values=cache)
-            cache = out.past_key_values
+            out = llama(chunk, **with_cache(llama, cache))
+            cache = returned_cache(out)
             rows.append(out.logits)
         torch.testing.assert_close(torch.cat(rows, dim=1), whole, rtol=1e-4, atol=1e-4)
         made = llama.generate(tokens[:1], max_new_tokens=4, do_sample=False)

@@ -31,6 +31,7 @@ from transformers.masking_utils import causal_mask_function
 
 from manyheads.adapt.duo_cache import DuoCache, DuoLayer, Parts, check_duo
 from manyheads.adapt.duo_pattern import binarize, load_pattern, strongest
+from manyheads.data.cache_names import CACHE_NAMES, cache_keyword, given_cache
 from manyheads.interpret.attach import AttentionCall, attention_function, decoder, geometry
 
 
@@ -39,7 +40,7 @@ class DuoAttention:
     """Attach with ``with duo(model): model.generate(...)``; on exit the model is bit for bit what it was.
 
     ``generate()`` and plain calls make their ``DuoCache`` by themselves; one made by ``duo.cache()`` can be passed
-    as ``past_key_values`` to keep it between calls. Feed a long prompt in chunks (``prefill_chunk_size`` of
+    as the model's cache to keep it between calls. Feed a long prompt in chunks (``prefill_chunk_size`` of
     ``generate``, or several calls) to bound the memory of the prefill: the first chunk is attended to in full.
     Any batch size; shorter sequences are padded on the left and keep sinks of their own.
 
@@ -59,12 +60,13 @@ class DuoAttention:
 
     >>> import torch
     >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from manyheads.data.cache_names import returned_cache
     >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
     ...     num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, eos_token_id=None)).eval()
     >>> duo = DuoAttention(torch.tensor([[True, False], [False, False]]), sinks=2, recent=6)
     >>> with duo(model), torch.no_grad():
-    ...     cache = model(torch.arange(1, 21)[None]).past_key_values
-    >>> cache.slots
+    ...     out = model(torch.arange(1, 21)[None], use_cache=True)
+    >>> returned_cache(out).slots
     [(20, 8), (0, 8)]
     """
 
@@ -132,12 +134,13 @@ class _State:
     def provide_cache(self, module: Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         named = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         named = {**{name: value for name, value in named.items() if name != "kwargs"}, **named.get("kwargs", {})}
-        given, use_cache = named.get("past_key_values"), named.get("use_cache")
+        given, use_cache = given_cache(named), named.get("use_cache")
         use_cache = cast(Any, module.config).use_cache if use_cache is None else use_cache
         self.cache = self._checked(given) if given is not None else (self.duo.cache() if use_cache else None)
         self.pads, self.longest_pad = None, 0
         if self.cache is not None:
-            named["past_key_values"] = self.cache
+            named = {name: value for name, value in named.items() if name not in CACHE_NAMES}
+            named[cache_keyword(module)] = self.cache
         return (), named
 
     def _checked(self, given: Cache) -> DuoCache:
@@ -150,7 +153,7 @@ class _State:
         if not isinstance(given, DynamicCache):
             raise ValueError(f"DuoAttention keeps its own DuoCache and cannot use a {type(given).__name__}")
         if given.get_seq_length():
-            raise ValueError("past_key_values was filled before DuoAttention was attached: start a new cache")
+            raise ValueError("the cache was filled before DuoAttention was attached: start a new cache")
         return duo.cache()
 
     def mask(

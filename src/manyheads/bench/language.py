@@ -19,6 +19,7 @@ from transformers import Cache, DynamicCache
 
 from manyheads.adapt.duo_cache import live_bytes
 from manyheads.bench.trial import Measurement
+from manyheads.data.cache_names import returned_cache, with_cache
 from manyheads.data.needles import Needle, needle_prompt
 from manyheads.data.text import documentation_split
 from manyheads.interpret.retrieval_scores import rouge_recall
@@ -128,8 +129,8 @@ def perplexity(model: Any, tokens: Sequence[int], *, chunk: int = 128) -> float:
     cache, total = None, 0.0
     for start in range(0, ids.shape[1] - 1, chunk):
         piece = ids[:, start : min(start + chunk, ids.shape[1] - 1)]
-        out = model(piece, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(piece, **with_cache(model, cache), use_cache=True)
+        cache = returned_cache(out)
         target = ids[0, start + 1 : start + 1 + piece.shape[1]]
         total += torch.nn.functional.cross_entropy(out.logits[0].float(), target, reduction="sum").item()
     return math.exp(total / (ids.shape[1] - 1))
@@ -180,17 +181,17 @@ def memory_and_speed(
         _wait(model)
         start = time.perf_counter()
         for piece in ids.split(chunk, dim=1):
-            out = model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = out.past_key_values
+            out = model(piece, **with_cache(model, cache), use_cache=True, logits_to_keep=1)
+            cache = returned_cache(out)
         _wait(model)
         prefill_seconds.append(time.perf_counter() - start)
     assert out is not None
-    cache = out.past_key_values
+    cache = returned_cache(out)
     held = live_bytes(cache if cache is not None else DynamicCache())
     steps, token = [], out.logits[:, -1:].argmax(-1)
     for _ in range(decode_tokens):
         start = time.perf_counter()
-        token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        token = model(token, **with_cache(model, cache), use_cache=True).logits[:, -1:].argmax(-1)
         _wait(model)
         steps.append(time.perf_counter() - start)
     return held, ids.shape[1] / min(prefill_seconds), 1 / statistics.median(steps)

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from manyheads.data.cache_names import given_cache
+
 _BLOCKS = (
     "model.layers",
     "transformer.h",
@@ -281,7 +283,7 @@ def attention_function(
 
     def note_past(module: nn.Module, args: tuple, options: dict) -> None:
         nonlocal past
-        cache = options.get("past_key_values")
+        cache = given_cache(options)
         past = int(cache.get_seq_length()) if cache is not None else 0
 
     AttentionInterface.register(name, dispatch)

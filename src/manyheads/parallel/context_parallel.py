@@ -30,6 +30,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from manyheads.data.cache_names import given_cache
 from manyheads.engines.common import check_choice
 from manyheads.parallel import seams
 from manyheads.parallel.lasp2 import lasp2
@@ -286,7 +287,7 @@ class ContextParallel:
             raise ValueError(f"{name} must be (batch, tokens, ...), got shape {tuple(tensor.shape)}")
         tokens = tensor.shape[1]
         position_ids(tokens, wire.rank, wire.world, layout=self.layout)
-        cache = given.get("past_key_values")
+        cache = given_cache(given)
         if given.get("use_cache") or (cache is not None and cache.get_seq_length()):
             raise ValueError(
                 "a sharded sequence has no cache to generate from: pass whole sequences, or leave the with block first"

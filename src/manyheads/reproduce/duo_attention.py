@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from manyheads.adapt.duo_attention import DuoAttention
 from manyheads.adapt.duo_gates import GateResult, optimise_gates
 from manyheads.adapt.duo_pattern import strongest
+from manyheads.data.cache_names import with_cache
 from manyheads.data.language_models import load_language_model
 from manyheads.data.needles import passkey_example
 from manyheads.data.text import documentation_split
@@ -114,14 +115,14 @@ def cache_bytes_follow_the_formula(seed: int) -> Finding:
         for length in (16, 64, 512):
             cache, rows = duo.cache(), []
             for chunk in tokens[:, :length].split(64, dim=1):
-                rows.append(model(chunk, past_key_values=cache).logits)
+                rows.append(model(chunk, **with_cache(model, cache)).logits)
             logits[length] = torch.cat(rows, dim=1)
             full = retrieval.sum(1)
             rows_held = (full * length + (4 - full) * min(length, SINKS + RECENT)).sum()
             measured[str(length)], expected[str(length)] = float(cache.nbytes), float(2 * 8 * 4 * rows_held)
         single, cache = [], duo.cache()
         for token in tokens[:, :256].split(1, dim=1):
-            single.append(model(token, past_key_values=cache).logits)
+            single.append(model(token, **with_cache(model, cache)).logits)
     by_chunk, one_by_one = logits[512][:, :256], torch.cat(single, dim=1)
     apart = (by_chunk.log_softmax(-1).exp() - one_by_one.log_softmax(-1).exp()).abs().sum(-1).mean() / 2
     verdict = Verdict.CONFIRMED if measured == expected else Verdict.REFUTED

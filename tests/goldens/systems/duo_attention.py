@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from manyheads.adapt.duo_attention import DuoAttention
 from manyheads.adapt.duo_gates import streaming_mask, two_way_hidden
 from manyheads.adapt.duo_pattern import binarize
+from manyheads.data.cache_names import with_cache
 from manyheads.objectives.distillation import gate_regulariser, hidden_distillation
 from tests.goldens.systems._tensors import arrays, tensors
 
@@ -47,7 +48,7 @@ def _chunks(model: torch.nn.Module, config: dict, tokens: torch.Tensor, sinks: i
     cache, rows = duo.cache(), []
     with duo(model), torch.no_grad():
         for chunk in tokens.split(config["chunks"], dim=1):
-            rows.append(model(chunk, past_key_values=cache, logits_to_keep=1).logits[:, -1])
+            rows.append(model(chunk, **with_cache(model, cache), logits_to_keep=1).logits[:, -1])
     return {"logits": torch.stack(rows, dim=1).numpy(), "cache_lengths": np.array(cache.slots)}
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from manyheads.adapt.mixture_of_heads import MixtureOfHeads
+from manyheads.data.cache_names import returned_cache, with_cache
 from manyheads.layers.mixture_of_heads import MixtureOfHeadsAttention, collect_routing
 from manyheads.layers.transnext import AggregatedAttention, CosineAttention
 from manyheads.models import moh_dit
@@ -117,9 +118,9 @@ def _language(config: dict, weights: dict[str, Tensor], given: dict[str, Tensor]
     ):
         first = model(tokens[:, :split])
         masks = [routing.head_mask()]
-        rows, cache = [first.logits], first.past_key_values
+        rows, cache = [first.logits], returned_cache(first)
         for token in tokens[:, split:].split(1, dim=1):
-            rows.append(model(token, past_key_values=cache).logits)
+            rows.append(model(token, **with_cache(model, cache)).logits)
             masks.append(routing.head_mask())
         logits = model(tokens).logits
         torch.testing.assert_close(torch.cat(rows, dim=1), logits, rtol=1e-3, atol=1e-4)
