@@ -18,7 +18,7 @@ ROWS = 512  # rows that are worth a thread of their own
 
 @torch.library.custom_op("manyheads::top_positions", mutates_args=(), schema="(Tensor scores, int count) -> Tensor")
 def top_positions(scores: Tensor, count: int) -> Tensor:
-    """Positions of the ``count`` largest of each row (..., keys), ascending, int64; -1 (in front) for scores of -inf."""
+    """Positions of the ``count`` largest of each row (..., keys), ascending; in front -1 for scores of -inf."""
     keys = scores.shape[-1]
     rows = scores.detach().to(accumulation_dtype(scores.dtype)).reshape(-1, keys)
     parts = rows.chunk(max(1, min(torch.get_num_threads(), len(rows) // ROWS)))
