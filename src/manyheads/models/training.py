@@ -395,10 +395,12 @@ def _accuracy(prediction: Any) -> dict[str, float]:
     return {"accuracy": float((np.asarray(prediction.predictions).argmax(-1) == prediction.label_ids).mean())}
 
 
-def _last_checkpoint(output: Path) -> Path | None:
-    """The newest checkpoint that was written to its end: the trainer's state comes last."""
+def _last_checkpoint(output: Path, also: str = "") -> Path | None:
+    """The newest checkpoint that was written to its end: the trainer's state comes last, and after it ``also``."""
     found = []
     for path in output.glob("checkpoint-*"):
+        if not (path / also).exists():
+            continue
         try:
             found.append((int(json.loads((path / "trainer_state.json").read_text())["global_step"]), path))
         except (OSError, ValueError, KeyError):
