@@ -59,7 +59,8 @@ def agent_attention(
 
     Raises:
         TypeError: mixed or integer dtypes.
-        ValueError: shapes or biases that do not fit, ``causal=True``, a shortcut with unequal lengths, dropout outside [0, 1].
+        ValueError: shapes or biases that do not fit, ``causal=True``, a shortcut with unequal lengths, dropout outside
+            [0, 1].
 
     Source: "Agent Attention: On the Integration of Softmax and Linear Attention", arXiv 2312.08874, section 3.
 

@@ -79,7 +79,9 @@ def _transnext_layer(config: dict, weights: dict[str, Tensor], x: Tensor) -> tup
 
 def _vit(config: dict, weights: dict[str, Tensor], given: dict[str, Tensor]) -> dict[str, Tensor]:
     plain = ("in_chans", "num_classes", "embed_dims", "depths", "num_heads", "mlp_ratios", "sr_ratios", "qkv_bias")
-    options = {name: config[name] for name in (*plain, "img_size", "pretrain_size", "fixed_pool_size") if name in config}
+    options = {
+        name: config[name] for name in (*plain, "img_size", "pretrain_size", "fixed_pool_size") if name in config
+    }
     window = config.get("window_size", 3)
     options["window_size"] = next(side for side in window if side) if isinstance(window, list) else window
     shared, active = (config.get(name) for name in ("shared_head", "routed_head"))
