@@ -98,9 +98,9 @@ def train(
     if model.removeprefix("manyheads_").startswith("moh_dit_"):
         _refuse("diffusion", diversification=diversification, attention_types=attention_types, attention=attention)
         _train_diffusion(
-            model, data or "digits", json, output=output or f"runs/{model}", epochs=epochs, batch_size=batch_size or 256,
-            lr=lr, seed=seed, resume=resume, device=device, dtype=dtype, image_size=image_size, encoder=encoder,
-            save_steps=save_steps, workers=workers, checkpoint=checkpoint,
+            model, data or "digits", json, output=output or f"runs/{model}", epochs=epochs,
+            batch_size=batch_size or 256, lr=lr, seed=seed, resume=resume, device=device, dtype=dtype,
+            image_size=image_size, encoder=encoder, save_steps=save_steps, workers=workers, checkpoint=checkpoint,
             model_options=model_options(option, None, None), progress=not json,
         )  # fmt: skip
         return
