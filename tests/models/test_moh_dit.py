@@ -223,7 +223,7 @@ def test_training_averages_its_weights_and_goes_on_where_it_was_stopped(tmp_path
     averaged, last = (load_file(tmp_path / name) for name in ("model.safetensors", "last.safetensors"))
     assert not averaged["blocks.0.attn.proj.bias"].equal(last["blocks.0.attn.proj.bias"])
     # Killed while it wrote the last checkpoint: the averaged weights come at its very end.
-    (tmp_path / "checkpoint-9" / "average.safetensors").unlink()
+    (tmp_path / "checkpoint-9" / "averaged.safetensors").unlink()
     resumed = train_diffusion("moh_dit_s_2_90", _few_digits(), **arguments)
     assert resumed.resumed_from == str(tmp_path / "checkpoint-6")
     assert resumed.losses == whole.losses

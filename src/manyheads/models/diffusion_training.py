@@ -19,11 +19,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
-from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torchvision import transforms
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
 from manyheads.layers.mixture_of_heads import collect_routing
 from manyheads.models.checkpoints import save_checkpoint
@@ -41,11 +39,12 @@ from manyheads.models.training import (
     _Trainer,
     _write,
 )
+from manyheads.models.weight_averaging import AveragedWeights
 from manyheads.objectives.diffusion import diffusion_loss
 
 ENCODER = "stabilityai/sd-vae-ft-ema"
 LATENT_SCALE, LATENT_STRIDE = 0.18215, 8
-AVERAGE, LAST = "average.safetensors", "last.safetensors"
+LAST = "last.safetensors"
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class DiffusionRecipe:
         lr: learning rate, the same for every step and batch.
         epochs: passes over the images (7 million steps of 256 ImageNet images are 1,400).
         hflip: probability of a mirror image.
-        average: share that averaged weights keep of themselves at a step.
+        average: share that averaged weights keep of themselves at a step; 0 averages none.
         head_balance: weight of the load-balancing loss.
     """
 
@@ -80,7 +79,8 @@ class DiffusionTraining:
         output: directory with ``model.safetensors`` (the averaged weights), ``last.safetensors`` (those of the last
             step), ``training.json`` and the checkpoints.
         losses: (step, training loss) in the order of the steps, over resumptions.
-        test_losses: after each epoch, the loss on the test part with steps and noise that stay the same.
+        test_losses: after each epoch, the loss of the averaged weights on the test part, with steps and noise that
+            stay the same.
         steps: optimiser steps made.
         resumed_from: the checkpoint that this call went on from, or None.
         settings: everything needed to repeat the run.
@@ -183,7 +183,7 @@ def train_diffusion(
         "processes": world, "seed": seed, "dtype": dtype, "image_size": size, "encoder": encoder,
         "recipe": dataclasses.asdict(recipe), "options": {name: _plain(value) for name, value in options.items()},
     }  # fmt: skip
-    last = _last_checkpoint(output, AVERAGE)
+    last = _last_checkpoint(output, averaged=recipe.average > 0)
     if last is not None and not resume:
         raise ValueError(f"{output} holds checkpoints of another run; choose another directory, or resume")
     if last is not None:
@@ -222,8 +222,10 @@ def train_diffusion(
         disable_tqdm=not progress,
         report_to="none",
     )
-    averaged = _Average(network, recipe.average, last)
+    averaged = AveragedWeights(network, recipe.average, last)
     trainer = _Trainer(
+        None,
+        averaged,
         model=_Denoiser(network, None if encoder == "none" else _load_encoder(encoder), recipe.head_balance),
         args=arguments,
         data_collator=_collate,
@@ -245,8 +247,9 @@ def train_diffusion(
         is_main_process=trainer.is_world_process_zero(),
     )
     if trainer.is_world_process_zero():
-        save_checkpoint(cast(nn.Module, averaged.average.module), output / WEIGHTS)
         save_checkpoint(network, output / LAST)
+        with averaged.instead():
+            save_checkpoint(network, output / WEIGHTS)
         _write(output / HISTORY, result.to_dict())
     return result
 
@@ -275,29 +278,6 @@ class _Denoiser(nn.Module):
         if self.training and routing:
             loss = loss + self.head_balance * routing.balance_loss()
         return {"loss": loss}
-
-
-class _Average(TrainerCallback):
-    """The average of the weights over the steps, kept beside every checkpoint."""
-
-    def __init__(self, network: nn.Module, decay: float, resumed: Path | None) -> None:
-        self.network, self.resumed = network, resumed
-        self.average = ModelEmaV3(network, decay=decay)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.average.to(next(self.network.parameters()).device)
-        if self.resumed is not None:
-            self.average.module.load_state_dict(load_file(self.resumed / AVERAGE))
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.average.update(self.network)
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / AVERAGE
-            scratch = path.with_name(f".{AVERAGE}")
-            save_file({name: x.contiguous() for name, x in self.average.module.state_dict().items()}, scratch)
-            os.replace(scratch, path)
 
 
 def _load_encoder(name: str) -> nn.Module:
