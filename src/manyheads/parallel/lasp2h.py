@@ -130,7 +130,9 @@ class _Gathered(torch.autograd.Function):
                     query, unpack(gathered[owner], key, value), grad, lse, shift, plan.tiles(wire.rank, owner),
                     plan.scale, plan.mask(owner), d_query, unpack(shares[owner], key, value), plan.softcap,
                 )  # fmt: skip
-                recorder.keep("partial_grad_key", owner, unpack(shares[owner], key, value)[0])
+                if recorder.keeping():
+                    for name, part in zip(("key", "value"), unpack(shares[owner], key, value)):
+                        recorder.keep(f"partial_grad_{name}", owner, part)
             own, pending = wire.reduce_scatter(shares, "gradient of key, value")
             pending.wait()
         d_key, d_value = unpack(own, key, value)
