@@ -65,9 +65,10 @@ def context_parallel(
 
     Args:
         model: a Hugging Face causal language model whose attention goes through ``AttentionInterface`` (also wrapped by
-            PEFT), or a module whose only mixing of tokens is in the library's linear layers (TNLAttention) and whose
-            tensor arguments are (batch, N, ...). In a Hugging Face model linear layers may take the place of some
-            attentions. DistributedDataParallel may wrap it before or after, ``fully_shard`` before.
+            PEFT; sliding windows, soft caps and sinks are known), or a module whose only mixing of tokens is in the
+            library's linear layers (TNLAttention) and whose tensor arguments are (batch, N, ...). In a Hugging Face
+            model linear layers may take the place of some attentions. DistributedDataParallel may wrap it before or
+            after, ``fully_shard`` before.
         mesh: DeviceMesh, process group, or None for all ranks.
         dim: the dimension of a mesh of several over which the sequence is sharded.
         method: "ring" (ring attention), "token_ring" (TokenRing) or "lasp2h" (gathered keys and values); linear layers

@@ -132,8 +132,8 @@ def make_plan(
                 f"{key_mask.dtype} {tuple(key_mask.shape)}"
             )
         key_mask = key_mask.to(key.device)
-    borders = [None if cu is None else tuple(cu) for cu in (cu_query, cu_key)]
-    pairs = Pairs(world, queries, keys, causal, layout, *borders, per_sequence, window)
+    of_queries, of_keys = (None if cu is None else tuple(cu) for cu in (cu_query, cu_key))
+    pairs = Pairs(world, queries, keys, causal, layout, of_queries, of_keys, per_sequence, window)
     _tiles(pairs, wire.rank, wire.rank)  # raises where tokens do not divide
     return Plan(pairs, scale, softcap, key_mask)
 
