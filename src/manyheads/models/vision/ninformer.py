@@ -11,6 +11,8 @@ Source: "NiNformer: A Network in Network Transformer with Token Mixing Generated
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from timm.layers import DropPath, Mlp, trunc_normal_
 from timm.models import checkpoint as recompute
@@ -22,6 +24,7 @@ from manyheads.layers.spectral import FullAttention
 from manyheads.models.checkpoints import State, rename
 from manyheads.models.registry import register
 from manyheads.models.vision.backbone import Backbone
+from manyheads.models.vision.features import patch_grid
 from manyheads.ops.mixer_gate import resize_token_mixing
 
 MIXERS = ("gated", "mlp", "attention")
@@ -80,7 +83,7 @@ class NiNformer(Backbone):
     Args:
         in_chans: channels of the image.
         num_classes: width of the classifier; 0 leaves it away and returns the pooled features.
-        img_size: side of the images in pixels, a multiple of ``patch_size``.
+        img_size: side of the images in pixels, or (height, width); multiples of ``patch_size``.
         patch_size: side of the patches in pixels.
         embed_dim: width C.
         depth: blocks.
@@ -94,7 +97,7 @@ class NiNformer(Backbone):
         drop_rate: dropout before the classifier, not in the paper.
         drop_path_rate: stochastic depth of the last block, not in the paper; rises linearly from 0. "mlp" has none.
 
-    Shape: images (batch, in_chans, img_size, img_size) to logits (batch, num_classes).
+    Shape: images (batch, in_chans, height, width), as ``img_size`` says, to logits (batch, num_classes).
 
     Raises:
         ValueError: sizes below one, an image size that patches do not divide, ``dropout`` outside [0, 1), an unknown
@@ -114,7 +117,7 @@ class NiNformer(Backbone):
         self,
         in_chans: int = 3,
         num_classes: int = 10,
-        img_size: int = 32,
+        img_size: int | Sequence[int] = 32,
         patch_size: int = 4,
         embed_dim: int = 256,
         depth: int = 4,
@@ -135,10 +138,8 @@ class NiNformer(Backbone):
                 raise ValueError(f"{name}={size} must be at least 1")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout} must be in [0, 1)")
-        if patch_size < 1 or img_size < patch_size or img_size % patch_size:
-            raise ValueError(f"img_size={img_size} must be a multiple of patch_size={patch_size}")
         self.in_chans, self.num_classes, self.drop_rate = in_chans, num_classes, drop_rate
-        self.patch_size, self.grid = patch_size, (img_size // patch_size, img_size // patch_size)
+        self.patch_size, self.grid = patch_size, patch_grid(img_size, patch_size)
         if mixer == "mlp" and drop_path_rate:
             raise ValueError(f"drop_path_rate={drop_path_rate}: blocks of mixer='mlp' have no stochastic depth")
         tokens = self.grid[0] * self.grid[1]
@@ -165,15 +166,13 @@ class NiNformer(Backbone):
         """The position embedding, where there is one."""
         return {"pos_embed"} if self.pos_embed is not None else set()
 
-    def set_input_size(self, img_size: tuple[int, int]) -> None:
+    def set_input_size(self, img_size: int | Sequence[int]) -> None:
         """Resize the token mixing for good, for images of ``img_size`` pixels; not in the paper.
 
         Raises:
             ValueError: sides that patches do not divide.
         """
-        if min(img_size) < self.patch_size or img_size[0] % self.patch_size or img_size[1] % self.patch_size:
-            raise ValueError(f"img_size={tuple(img_size)} must be multiples of patch_size={self.patch_size}")
-        old, self.grid = self.grid, (img_size[0] // self.patch_size, img_size[1] // self.patch_size)
+        old, self.grid = self.grid, patch_grid(img_size, self.patch_size)
         for module in self.modules():
             if isinstance(module, TokenMixer):
                 module.set_grid(old, self.grid)
@@ -247,21 +246,22 @@ def _resize_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
     return resized.permute(0, 2, 3, 1).contiguous().to(positions.dtype)
 
 
-VARIANTS = {"ninformer_cifar10": 10, "ninformer_cifar100": 100}
-for _name, _classes in VARIANTS.items():
+# Name to classes and channels; MNIST's digits are enlarged to the same 32 pixels.
+VARIANTS = {"ninformer_cifar10": (10, 3), "ninformer_cifar100": (100, 3), "ninformer_mnist": (10, 1)}
+for _name, (_classes, _channels) in VARIANTS.items():
     register(
         _name,
         NiNformer,
-        {"num_classes": _classes, "img_size": 32},
+        {"num_classes": _classes, "in_chans": _channels, "img_size": 32},
         convert=checkpoint_filter_fn,
         stages=1,
         feature_cls="getter",
         num_classes=_classes,
-        input_size=(3, 32, 32),
+        input_size=(_channels, 32, 32),
         pool_size=(8, 8),
         crop_pct=1.0,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.5, 0.5),
+        mean=(0.5,) * _channels,
+        std=(0.5,) * _channels,
         first_conv="patch_embed",
         fixed_input_size=True,
         classifier="head",
