@@ -28,7 +28,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
-    children=st.integers(0, 40), parents=st.one_of(st.integers(0, 9), st.just(40)), heads=st.sampled_from([(1, 1), (4, 2), (3, 1)]),
+    children=st.integers(0, 40), parents=st.one_of(st.integers(0, 9), st.just(40)),
+    heads=st.sampled_from([(1, 1), (4, 2), (3, 1)]),
     causal=st.booleans(), masked=st.booleans(), weighted=st.booleans(), tile=st.sampled_from([1, 300, 1 << 19]),
 )  # fmt: skip
 def test_all_paths_give_the_equations_result(children, parents, heads, causal, masked, weighted, tile) -> None:
@@ -169,7 +170,7 @@ def test_compiles_whole_with_gradients_tile_by_tile(compiling: None, small_tiles
 
 
 def test_auto_takes_what_the_device_and_the_call_allow(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v = (torch.empty(2, 4, 8, 6, device="meta") for _ in range(3))
+    q, k = (torch.empty(2, 4, 8, 6, device="meta") for _ in range(2))
     mask = torch.ones(2, 8, dtype=torch.bool)
     assert operator._choose(q, k, None, False) == "dense"
     monkeypatch.setattr(operator, "TILE", 8)

@@ -16,8 +16,8 @@ Two ways that never hold the matrix of all pairs:
   output, and A dO is ordinary attention whose values are dO. So both directions are a forward and a backward of
   torch's SDPA, on whose flash kernels they run.
 
-Source: "Visual Dependency Transformers: Dependency Tree Emerges from Reversed Attention", arXiv 2304.03282; recomputation
-in the backward as in "FlashAttention", arXiv 2205.14135.
+Source: "Visual Dependency Transformers: Dependency Tree Emerges from Reversed Attention", arXiv 2304.03282;
+recomputation in the backward as in "FlashAttention", arXiv 2205.14135.
 """
 
 from __future__ import annotations

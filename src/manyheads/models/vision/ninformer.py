@@ -19,6 +19,7 @@ from timm.models import checkpoint as recompute
 from torch import Tensor, nn
 
 from manyheads.engines.common import check_choice
+from manyheads.layers.conv_ffn import ConvFeedForward
 from manyheads.layers.mixer_gate import MixerGating, TokenMixer
 from manyheads.layers.spectral import FullAttention
 from manyheads.models.checkpoints import State, rename
@@ -27,7 +28,7 @@ from manyheads.models.vision.backbone import Backbone
 from manyheads.models.vision.features import patch_grid
 from manyheads.ops.mixer_gate import resize_token_mixing
 
-MIXERS = ("gated", "mlp", "attention")
+MIXERS = ("gated", "mlp", "attention", "local")
 
 
 class GatedBlock(nn.Module):
@@ -47,14 +48,25 @@ class GatedBlock(nn.Module):
         return x + self.drop_path(self.ffn(self.norm(x)))
 
 
+class LocalFeedForward(nn.Module):
+    """A convolutional feed-forward on the tokens of a map, with dropout."""
+
+    def __init__(self, dim: int, hidden: int, grid: tuple[int, int], dropout: int | float) -> None:
+        super().__init__()
+        self.grid, self.ffn, self.drop = grid, ConvFeedForward(dim, hidden), nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.ffn(x.unflatten(1, self.grid)).flatten(1, 2))
+
+
 class AttentionBlock(nn.Module):
     """A ViT's block, to compare with."""
 
-    def __init__(self, dim: int, heads: int, mlp_dim: int, dropout: int | float, drop_path: float) -> None:
+    def __init__(self, dim: int, heads: int, mlp: nn.Module, drop_path: float) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.attn = FullAttention(dim, heads, fused=True)
-        self.mlp = Mlp(dim, mlp_dim, drop=float(dropout))
+        self.mlp = mlp
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,8 +103,9 @@ class NiNformer(Backbone):
         token_dim: hidden width of the feed-forward over tokens, where there is one; None takes ``mlp_dim``, as the
             authors do.
         mixer: "gated"; or, for the paper's comparisons at equal width and depth, "mlp" (the inner mixer alone as
-            block, an MLP-Mixer) or "attention" (a ViT with position embedding).
-        num_heads: heads of "attention"; the others have none.
+            block, an MLP-Mixer), "attention" (a ViT with position embedding) or "local" (the same with a depthwise
+            convolution in its feed-forward, as in LocalViT, arXiv 2104.05707).
+        num_heads: heads of "attention" and "local"; the others have none.
         dropout: inside every feed-forward; 0.5 is the authors' value.
         drop_rate: dropout before the classifier, not in the paper.
         drop_path_rate: stochastic depth of the last block, not in the paper; rises linearly from 0. "mlp" has none.
@@ -145,13 +158,16 @@ class NiNformer(Backbone):
         tokens = self.grid[0] * self.grid[1]
         self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
         self.pos_embed = None
-        if mixer == "attention":
+        if mixer in ("attention", "local"):
             self.pos_embed = nn.Parameter(torch.zeros(1, *self.grid, embed_dim))
             trunc_normal_(self.pos_embed, std=0.02)
 
         def block(drop_path: float) -> nn.Module:
             if mixer == "attention":
-                return AttentionBlock(embed_dim, num_heads, mlp_dim, dropout, drop_path)
+                return AttentionBlock(embed_dim, num_heads, Mlp(embed_dim, mlp_dim, drop=float(dropout)), drop_path)
+            if mixer == "local":
+                mlp = LocalFeedForward(embed_dim, mlp_dim, self.grid, dropout)
+                return AttentionBlock(embed_dim, num_heads, mlp, drop_path)
             if mixer == "mlp":
                 return TokenMixer(embed_dim, tokens, token_dim, mlp_dim, dropout)
             return GatedBlock(embed_dim, tokens, token_dim, mlp_dim, dropout, drop_path)
@@ -176,6 +192,8 @@ class NiNformer(Backbone):
         for module in self.modules():
             if isinstance(module, TokenMixer):
                 module.set_grid(old, self.grid)
+            if isinstance(module, LocalFeedForward):
+                module.grid = self.grid
         if self.pos_embed is not None:
             with torch.no_grad():
                 self.pos_embed = nn.Parameter(_resize_positions(self.pos_embed, self.grid))
