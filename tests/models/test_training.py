@@ -223,7 +223,7 @@ def test_grey_images_train_and_judge_a_model_of_one_channel(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="in_chans=4"):
         images.read_channels(4)
     found = evaluate_vision(
-        "ninformer_mnist", images, checkpoint=result.output / "model.safetensors", model_options=options,
+        "ninformer_mnist", images, checkpoint=result.output, model_options=options,
         corruptions=("gaussian_noise",), severities=(1,), progress=False,
     )  # fmt: skip
     assert found.top1 == pytest.approx(result.accuracy[-1])

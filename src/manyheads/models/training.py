@@ -447,7 +447,7 @@ def _model_size(model: nn.Module) -> int:
     return int(getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[-1])
 
 
-def _statistics(model: nn.Module) -> dict[str, tuple[float, ...]]:
+def _statistics(model: nn.Module) -> dict[str, Any]:
     """Mean and deviation of the channels; a grey image has the average of the colours'."""
     config, usual = getattr(model, "pretrained_cfg", {}), {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
     found = {name: tuple(config.get(name, default)) for name, default in usual.items()}
