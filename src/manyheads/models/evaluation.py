@@ -135,7 +135,8 @@ def evaluate_vision(
 
     errors = {}
     with torch.inference_mode():
-        flops = count_flops(model, torch.zeros(1, 3, size, size, device=device, dtype=DTYPES[dtype]))
+        channels = getattr(model, "in_chans", 3)
+        flops = count_flops(model, torch.zeros(1, channels, size, size, device=device, dtype=DTYPES[dtype]))
         for logits, labels, spent in run(f"evaluating {name}"):
             seconds += spent
             top1.update(logits, labels)
