@@ -12,7 +12,8 @@ from PIL import Image
 from manyheads.layers.mixer_gate import MixerGating, TokenMixer
 from manyheads.models import CheckpointError, create_model, load_checkpoint
 from manyheads.models.recipes import recipe_for
-from manyheads.models.training import make_optimizer, train_transform
+from manyheads.models.training import make_optimizer
+from manyheads.models.transforms import train_transform
 from manyheads.models.vision.ninformer import AttentionBlock, GatedBlock, checkpoint_filter_fn
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "mlp_dim": 40, "token_dim": 12, "num_classes": 7}

@@ -26,7 +26,7 @@ from manyheads.models.registry import create_model
 from manyheads.models.repeated_augmentation import RepeatedAugmentation
 from manyheads.models.schedule import cosine_schedule
 from manyheads.models.training import make_optimizer, train_vision
-from manyheads.models.training import test_transform as evaluation_transform
+from manyheads.models.transforms import test_transform as evaluation_transform
 from manyheads.models.weight_averaging import AVERAGED
 
 MODEL = {"depths": (1, 1), "embed_dims": (32, 64), "topks": (2, -2), "regions": 2}

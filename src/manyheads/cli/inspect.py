@@ -90,7 +90,7 @@ def _tree(model, image, size, checkpoint, options, device, top, output, json) ->
     from manyheads.interpret.dependency_trees import dependency_trees
     from manyheads.models import create_model
     from manyheads.models.recipes import recipe_for
-    from manyheads.models.training import test_transform
+    from manyheads.models.transforms import test_transform
 
     picture = _picture(image)
     network = create_model(model, checkpoint=checkpoint, **{**options, "num_classes": 0}).eval()

@@ -26,7 +26,7 @@ from manyheads.data.corruptions import SEVERITIES, check_corruption, corrupt
 from manyheads.models.image_data import ImageData, load_images
 from manyheads.models.recipes import recipe_for
 from manyheads.models.registry import check_classifies, create_model
-from manyheads.models.training import fit_to_size, suitable_size, test_transform
+from manyheads.models.transforms import fit_to_size, suitable_size, test_transform
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
