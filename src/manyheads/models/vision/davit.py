@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from manyheads.engines.common import check_choice
 from manyheads.layers.davit import ChannelAttention, ConvPositionEncoding, WindowAttention
+from manyheads.layers.fused import add, perceive
 from manyheads.models.checkpoints import State, rename
 from manyheads.models.registry import register
 from manyheads.models.vision.backbone import Backbone
@@ -47,9 +48,9 @@ class SubBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.cpe1(x)
-        x = x + self.drop_path1(self.attn(self.norm1(x)))
+        x = add(x, self.drop_path1(self.attn(self.norm1(x))))
         x = self.cpe2(x)
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
+        return add(x, self.drop_path2(perceive(self.mlp, self.norm2(x))))
 
 
 class Stem(nn.Module):
