@@ -36,6 +36,7 @@ _AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, 
 _NONE = ("none", (), "")
 _LINEAR = torch.ops.mkldnn._linear_pointwise.default if _AVAILABLE else F.linear
 _CONVOLVE = torch.ops.mkldnn._convolution_pointwise.default if _AVAILABLE else F.conv2d
+_PACKS = torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
 _LARGE, _NARROW = 1 << 18, 256  # outputs of a product, and width of what is summed, from which oneDNN wins
 
 
@@ -83,10 +84,13 @@ def project(linear: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tenso
     ...     torch.testing.assert_close(project(layer, x, act), act(layer(x)))
     """
     kernel = _kernel(act)
-    if kernel is None or type(linear) is not nn.Linear or not fusible(x, linear, *((act,) if act else ())):
-        x = linear(x)
-        return act(x) if act else x
-    return _matmul(x, linear.weight, linear.bias, kernel)
+    if kernel is not None and type(linear) is nn.Linear and fusible(x, linear, *((act,) if act else ())):
+        folded = _folded(linear, None, None, False)
+        if folded is not None:
+            return _matmul(x, folded, kernel)
+    _KEPT.pop(linear, None)
+    x = linear(x)
+    return act(x) if act else x
 
 
 def perceive(mlp: nn.Module, x: Tensor) -> Tensor:
@@ -129,13 +133,11 @@ def convolve_norm(
     if kernel is None or not fusible(x, *modules):
         _KEPT.pop(conv, None)
         return None
-    folded = _KEPT.get(conv)
-    if folded is None or folded.options != (norm, before, residual) or not folded.fresh():
-        folded = _fold(conv, norm, before, residual)
-        if folded is None:
-            return None
-    if folded.pointwise:
-        return _matmul(x.permute(0, 2, 3, 1), folded.weight, folded.bias, kernel).permute(0, 3, 1, 2)
+    folded = _folded(conv, norm, before, residual)
+    if folded is None:
+        return None
+    if folded.geometry is None:
+        return _matmul(x.permute(0, 2, 3, 1), folded, kernel).permute(0, 3, 1, 2)
     stride, dilation, groups = folded.geometry
     padding = conv.padding if padding is None else padding
     if folded.packed is None:
@@ -176,9 +178,9 @@ class _Folded:
     alive: list[Tensor]  # keeps the memory of the sources, so that no other tensor takes its address
     weight: Tensor
     bias: Tensor | None
-    pointwise: bool
-    geometry: tuple
-    packed: Any = None
+    geometry: tuple | None  # of a convolution; None for a product
+    packed: Any = None  # weights as the kernel wants them; of a product with the number of rows they are for
+    rows: int = 0
 
     def fresh(self) -> bool:
         """Whether the sources are the tensors that were folded, not written to since, and the norms still fixed."""
@@ -192,12 +194,22 @@ class _Folded:
 _KEPT: WeakKeyDictionary[nn.Module, _Folded] = WeakKeyDictionary()
 
 
+def _folded(layer: Any, norm: Any, before: Any, residual: bool) -> _Folded | None:
+    """The folded weights, kept since the last call or made now."""
+    kept = _KEPT.get(layer)
+    if kept is not None and kept.options == (norm, before, residual) and kept.fresh():
+        return kept
+    return _fold(layer, norm, before, residual)
+
+
 def _fold(conv: Any, norm: Any, before: Any, residual: bool) -> _Folded | None:
     """The folded weights, kept; None if modules or tensors are not the plain ones with fixed statistics."""
     norms = [module for module in (norm, before) if module is not None]
-    if not isinstance(conv, nn.Conv2d) or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-        return None
-    pointwise = conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1 and conv.padding == (0, 0)
+    pointwise = type(conv) is nn.Linear
+    if not pointwise:
+        if not isinstance(conv, nn.Conv2d) or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+            return None
+        pointwise = conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1 and conv.padding == (0, 0)
     if before is not None and not pointwise:
         return None
     sources = []
@@ -231,8 +243,8 @@ def _fold(conv: Any, norm: Any, before: Any, residual: bool) -> _Folded | None:
     _KEPT[conv] = kept = _Folded(
         (norm, before, residual), sources, [(module, module.eps) for module in norms],
         [tensor.detach() for _, _, tensor, _, _ in sources if tensor is not None],
-        weight.flatten(1) if pointwise else weight, None if bias is None else bias.detach(), pointwise,
-        (conv.stride, conv.dilation, conv.groups),
+        weight.flatten(1) if pointwise else weight, None if bias is None else bias.detach(),
+        None if pointwise else (conv.stride, conv.dilation, conv.groups),
     )  # fmt: skip
     return kept
 
@@ -265,9 +277,20 @@ _IN_PLACE = {
 }
 
 
-def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: tuple) -> Tensor:
-    wide, size = weight.shape[1], x.numel() // weight.shape[1] * weight.shape[0]
+def _matmul(x: Tensor, folded: _Folded, kernel: tuple) -> Tensor:
+    weight, bias = folded.weight, folded.bias
+    rows = x.numel() // weight.shape[1]
+    size = rows * weight.shape[0]
     # oneDNN saves the passes over the output for bias and activation but takes 50 microseconds to start.
-    if size >= _LARGE and (kernel[0] == "gelu" or (wide <= _NARROW and size >= 2 * _LARGE)):
+    if size >= _LARGE and (kernel[0] == "gelu" or (weight.shape[1] <= _NARROW and size >= 2 * _LARGE)):
         return _LINEAR(x, weight, bias, *kernel)
-    return _IN_PLACE[kernel](F.linear(x, weight, bias))
+    packed = folded.packed
+    if packed is not None and packed[0] == rows:
+        x = torch.ops.mkl._mkl_linear(x, packed[1], weight, bias, rows)
+    else:
+        # MKL packs weights for a number of rows: worth the while once that number comes back.
+        if _PACKS and rows > 1 and rows == folded.rows:
+            folded.packed = rows, torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
+        folded.rows = rows
+        x = F.linear(x, weight, bias)
+    return _IN_PLACE[kernel](x)
