@@ -118,12 +118,13 @@ def norm_affine(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     return factor, norm.bias - norm.running_mean * factor
 
 
-def normed(convolution: nn.Conv2d, norm: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
+def normed(convolution: nn.Conv2d, norm: nn.Module | None, x: Tensor, act: nn.Module | None = None) -> Tensor:
     """act(norm(convolution(x))), in evaluation as one kernel (``manyheads.layers.fused``)."""
     fused = convolve_norm(convolution, norm, x, act)
     if fused is not None:
         return fused
-    x = norm(convolve(convolution, x))
+    x = convolve(convolution, x)
+    x = norm(x) if norm else x
     return act(x) if act else x
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from manyheads.engines.common import check_choice
-from manyheads.layers.fused import project
+from manyheads.layers.fused import convolve_norm, project
 from manyheads.ops.channel import channel_attention
 from manyheads.ops.window import window_attention
 
@@ -149,6 +149,9 @@ class ConvPositionEncoding(nn.Module):
     def forward(self, x: Float[Tensor, "batch X Y dim"]) -> Float[Tensor, "batch X Y dim"]:
         maps = x.permute(0, 3, 1, 2)
         if isinstance(self.act, nn.Identity) and x.dtype in (torch.float32, torch.float64) and not _autocast(x):
+            fused = convolve_norm(self.proj, None, maps, residual=True)
+            if fused is not None:
+                return fused.permute(0, 2, 3, 1)
             # The identity is a kernel too: one pass over memory instead of two. Half precision would round 1 + weight.
             weight = self.proj.weight + self.centre
             maps = F.conv2d(maps, weight, self.proj.bias, padding=1, groups=self.proj.groups)

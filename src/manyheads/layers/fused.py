@@ -88,7 +88,8 @@ def project(linear: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tenso
         folded = _folded(linear, None, None, False)
         if folded is not None:
             return _matmul(x, folded, kernel)
-    _KEPT.pop(linear, None)
+    if not torch.compiler.is_compiling():
+        _KEPT.pop(linear, None)
     x = linear(x)
     return act(x) if act else x
 
@@ -115,7 +116,7 @@ def convolve_norm(
     """act(norm(conv(before(x)))) in one kernel, or None where that has to be written out.
 
     Args:
-        conv: a convolution; 1 x 1 without stride is a matrix product on the channels-last map.
+        conv: a convolution; 1 x 1 is a matrix product on the channels-last map.
         norm: batch norm behind it, or None.
         x: maps (batch, channels, X, Y), best channels-last in memory.
         act: ReLU, SiLU or a GELU; None has none.
@@ -130,13 +131,16 @@ def convolve_norm(
     """
     modules = tuple(module for module in (conv, norm, before, act) if module is not None)
     kernel = _kernel(act)
-    if kernel is None or not fusible(x, *modules):
-        _KEPT.pop(conv, None)
-        return None
-    folded = _folded(conv, norm, before, residual)
+    folded = None
+    if kernel is not None and fusible(x, *modules):
+        folded = _folded(conv, norm, before, residual)
     if folded is None:
+        if not torch.compiler.is_compiling():
+            _KEPT.pop(conv, None)
         return None
     if folded.geometry is None:
+        rows, columns = conv.stride
+        x = x if rows == columns == 1 else x[:, :, ::rows, ::columns]
         return _matmul(x.permute(0, 2, 3, 1), folded, kernel).permute(0, 3, 1, 2)
     stride, dilation, groups = folded.geometry
     padding = conv.padding if padding is None else padding
@@ -209,7 +213,7 @@ def _fold(conv: Any, norm: Any, before: Any, residual: bool) -> _Folded | None:
     if not pointwise:
         if not isinstance(conv, nn.Conv2d) or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
             return None
-        pointwise = conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1 and conv.padding == (0, 0)
+        pointwise = conv.kernel_size == (1, 1) and conv.groups == 1 and conv.padding == (0, 0)
     if before is not None and not pointwise:
         return None
     sources = []

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from manyheads.engines.common import check_choice
 from manyheads.engines.dense import attention
 from manyheads.layers.activations import TanhGELU
-from manyheads.layers.conv_norm import pointwise
+from manyheads.layers.conv_norm import normed
 from manyheads.layers.fused import add, convolve_norm, excite, perceive, project
 from manyheads.layers.relative_bias import RelativeBiasMlp, RelativeBiasTable
 from manyheads.ops.multi_axis import partition_sizes
@@ -294,14 +294,10 @@ class MBConv(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch dim X Y"]) -> Float[Tensor, "batch out_dim rows columns"]:
         y = convolve_norm(self.conv1_1x1, self.norm1, x, self.act, before=self.pre_norm)
-        if y is None:
-            y = self.act(self.norm1(pointwise(self.conv1_1x1, self.pre_norm(x))))
+        y = normed(self.conv1_1x1, self.norm1, self.pre_norm(x), self.act) if y is None else y
         y = excite(self.se, self.conv2_kxk(y, self.norm2, self.act))
-        return add(self.shortcut(x), self.drop_path(self._shrink(y)))
+        return add(self.shortcut(x), self.drop_path(normed(self.conv3_1x1, None, y)))
 
-    def _shrink(self, y: Tensor) -> Tensor:
-        shrunk = convolve_norm(self.conv3_1x1, None, y)
-        return pointwise(self.conv3_1x1, y) if shrunk is None else shrunk
 
 
 class Shortcut(nn.Module):
@@ -313,10 +309,7 @@ class Shortcut(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.avg_pool2d(x, 2, ceil_mode=True)
-        if not isinstance(self.expand, nn.Conv2d):
-            return x
-        expanded = convolve_norm(self.expand, None, x)
-        return pointwise(self.expand, x) if expanded is None else expanded
+        return normed(self.expand, None, x) if isinstance(self.expand, nn.Conv2d) else x
 
 
 class Conv3x3(nn.Conv2d):

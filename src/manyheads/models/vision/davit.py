@@ -21,6 +21,7 @@ from timm.models import checkpoint as recompute
 from torch import Tensor, nn
 
 from manyheads.engines.common import check_choice
+from manyheads.layers.conv_norm import normed
 from manyheads.layers.davit import ChannelAttention, ConvPositionEncoding, WindowAttention
 from manyheads.layers.fused import add, perceive
 from manyheads.models.checkpoints import State, rename
@@ -63,7 +64,7 @@ class Stem(nn.Module):
         self.norm = LayerNorm2d(dim, eps=1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x))
+        return self.norm(normed(self.conv, None, x.contiguous(memory_format=torch.channels_last)))
 
 
 class Downsample(nn.Module):
@@ -79,7 +80,7 @@ class Downsample(nn.Module):
         below, right = x.shape[2] % 2, x.shape[3] % 2
         if self.conv.kernel_size[0] == 2 and (below or right):
             x = F.pad(x, (0, right, 0, below))
-        return self.conv(x)
+        return normed(self.conv, None, x)
 
 
 class Stage(nn.Module):
