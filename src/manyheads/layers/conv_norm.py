@@ -9,6 +9,8 @@ Sources: "SHViT: Single-Head Vision Transformer", arXiv 2401.16456; "LeViT", arX
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
@@ -77,7 +79,8 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self._depthwise() and not self.training and fusible(x, self.m, self.drop_path):
-            fused = convolve_norm(self.m.c, self.m.bn, x, residual=True)
+            branch: Any = self.m
+            fused = convolve_norm(branch.c, branch.bn, x, residual=True)
             if fused is not None:
                 return fused
         return add(x, self.drop_path(self.m(x)))
@@ -90,7 +93,8 @@ class Residual(nn.Module):
         """One depthwise convolution for x + depthwise(x); other branches stay."""
         if not self._depthwise():
             return self
-        fused = self.m.fuse()
+        branch: Any = self.m
+        fused = branch.fuse()
         fused.weight[:, :, fused.weight.shape[2] // 2, fused.weight.shape[3] // 2] += 1
         return fused
 
@@ -118,7 +122,7 @@ def norm_affine(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     return factor, norm.bias - norm.running_mean * factor
 
 
-def normed(convolution: nn.Conv2d, norm: nn.Module | None, x: Tensor, act: nn.Module | None = None) -> Tensor:
+def normed(convolution: nn.Conv2d, norm: Any, x: Tensor, act: nn.Module | None = None) -> Tensor:
     """act(norm(convolution(x))), in evaluation as one kernel (``manyheads.layers.fused``)."""
     fused = convolve_norm(convolution, norm, x, act)
     if fused is not None:

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -33,9 +33,10 @@ from manyheads.layers.activations import TanhGELU
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 _ENABLED = ContextVar("fused", default=True)
 _AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_interpreter = cast(Any, torch._C)._functorch.peek_interpreter_stack
 _NONE = ("none", (), "")
-_LINEAR = torch.ops.mkldnn._linear_pointwise.default if _AVAILABLE else F.linear
-_CONVOLVE = torch.ops.mkldnn._convolution_pointwise.default if _AVAILABLE else F.conv2d
+_LINEAR: Any = torch.ops.mkldnn._linear_pointwise.default if _AVAILABLE else F.linear
+_CONVOLVE: Any = torch.ops.mkldnn._convolution_pointwise.default if _AVAILABLE else F.conv2d
 _PACKS = torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
 _LARGE, _NARROW = 1 << 18, 256  # outputs of a product, and width of what is summed, from which oneDNN wins
 
@@ -64,7 +65,7 @@ def fusible(x: Tensor, *modules: nn.Module) -> bool:
         or torch.is_autocast_enabled("cpu")
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or _interpreter() is not None
         or _hooks._global_forward_hooks
         or _hooks._global_forward_pre_hooks
     ):
@@ -75,7 +76,7 @@ def fusible(x: Tensor, *modules: nn.Module) -> bool:
     return True
 
 
-def project(linear: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
+def project(linear: Any, x: Tensor, act: nn.Module | None = None) -> Tensor:
     """act(linear(x)) on the last axis.
 
     >>> import torch
@@ -94,7 +95,7 @@ def project(linear: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tenso
     return act(x) if act else x
 
 
-def perceive(mlp: nn.Module, x: Tensor) -> Tensor:
+def perceive(mlp: Any, x: Tensor) -> Tensor:
     """timm's ``Mlp``, its activation inside the first product."""
     if type(mlp) is not Mlp or type(mlp.norm) is not nn.Identity or (mlp.training and mlp.drop1.p + mlp.drop2.p):
         return mlp(x)
@@ -104,7 +105,7 @@ def perceive(mlp: nn.Module, x: Tensor) -> Tensor:
 
 
 def convolve_norm(
-    conv: nn.Module,
+    conv: Any,
     norm: nn.Module | None,
     x: Tensor,
     act: nn.Module | None = None,
@@ -134,7 +135,7 @@ def convolve_norm(
     folded = None
     if kernel is not None and fusible(x, *modules):
         folded = _folded(conv, norm, before, residual)
-    if folded is None:
+    if folded is None or kernel is None:
         if not torch.compiler.is_compiling():
             _KEPT.pop(conv, None)
         return None
@@ -151,7 +152,7 @@ def convolve_norm(
     return _CONVOLVE(x, folded.packed, folded.bias, padding, stride, dilation, groups, *kernel)
 
 
-def folded_tokens(conv: nn.Module, norm: nn.Module, x: Tensor, *, before: nn.Module | None = None) -> Tensor | None:
+def folded_tokens(conv: Any, norm: Any, x: Tensor, *, before: nn.Module | None = None) -> Tensor | None:
     """:func:`convolve_norm` of a 1 x 1 convolution on (batch, tokens, channels)."""
     out = convolve_norm(conv, norm, x.mT[..., None], before=before)
     return None if out is None else out[..., 0].mT
@@ -162,13 +163,14 @@ def add(x: Tensor, branch: Tensor) -> Tensor:
     return branch.add_(x) if fusible(branch) and type(x) is Tensor and x.dtype is branch.dtype else x + branch
 
 
-def excite(module: nn.Module, x: Tensor) -> Tensor:
+def excite(module: Any, x: Tensor) -> Tensor:
     """timm's ``SqueezeExcite``, which scales the map where it lies; ``x`` is lost."""
     parts = [child for child in module.children()] if type(module) is SqueezeExcite else []
     if not parts or module.add_maxpool or type(module.bn) is not nn.Identity or not fusible(x, module, *parts):
         return module(x)
     gate = x.mean((2, 3))
-    for conv, act in ((module.fc1, module.act), (module.fc2, module.gate)):
+    layers: Any = ((module.fc1, module.act), (module.fc2, module.gate))
+    for conv, act in layers:
         gate = act(F.linear(gate, conv.weight.flatten(1), conv.bias))
     gate = gate[:, :, None, None]
     return x.mul_(gate) if x.is_contiguous(memory_format=torch.channels_last) else x * gate
@@ -227,9 +229,7 @@ def _fold(conv: Any, norm: Any, before: Any, residual: bool) -> _Folded | None:
             tensor = where.get(name)
             if tensor is None and (name == "bias" or fixed):
                 sources.append((where, name, None, 0, 0))
-            elif type(tensor) in (Tensor, nn.Parameter) and tensor.dtype is torch.float32 and tensor.is_cpu:
-                if tensor.is_inference():
-                    return None  # it has no version to go by
+            elif tensor is not None and _plain(tensor):
                 sources.append((where, name, tensor, tensor._version, tensor.data_ptr()))
             else:
                 return None
@@ -253,6 +253,12 @@ def _fold(conv: Any, norm: Any, before: Any, residual: bool) -> _Folded | None:
     return kept
 
 
+def _plain(tensor: Tensor) -> bool:
+    """Whether a tensor is an ordinary one of the kind that kernels here read, with a version to go by."""
+    ordinary = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_inference()
+    return ordinary and tensor.dtype is torch.float32 and tensor.is_cpu
+
+
 def _affine(norm: Any) -> tuple[Tensor, Tensor]:
     """Factor and shift of a norm whose statistics are fixed (batch norm) or already applied (group norm)."""
     if type(norm) not in _NORMS:
@@ -272,7 +278,7 @@ def _kernel(act: nn.Module | None) -> tuple | None:
 
 
 _KERNELS = {nn.ReLU: ("relu", (), ""), nn.SiLU: ("swish", (), ""), TanhGELU: ("gelu", (), "tanh")}
-_IN_PLACE = {
+_IN_PLACE: dict[tuple, Any] = {
     _NONE: lambda x: x,
     _KERNELS[nn.ReLU]: F.relu_,
     _KERNELS[nn.SiLU]: partial(F.silu, inplace=True),

@@ -299,7 +299,6 @@ class MBConv(nn.Module):
         return add(self.shortcut(x), self.drop_path(normed(self.conv3_1x1, None, y)))
 
 
-
 class Shortcut(nn.Module):
     """2 x 2 average pooling that leaves padding out of the mean, then a 1 x 1 convolution if the width changes."""
 

@@ -101,7 +101,8 @@ class Stem(nn.Sequential):
     """Convolutions with norm and activation in turn."""
 
     def forward(self, input: Tensor) -> Tensor:
-        for conv, act in zip_longest(self[::2], self[1::2]):
+        layers = list(self)
+        for conv, act in zip_longest(layers[::2], layers[1::2]):
             input = conv(input, act)
         return input
 
