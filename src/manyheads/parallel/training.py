@@ -180,9 +180,10 @@ def train_language(
         save_strategy="steps",
         save_steps=save_steps or max(1, total // 10),
     )
+    windows: Any = train
     trainer = _Trainer(
-        model=network, args=arguments, train_dataset=train, callbacks=[KeepSettings(settings), *callbacks]
-    )  # pyright: ignore[reportArgumentType]
+        model=network, args=arguments, train_dataset=windows, callbacks=[KeepSettings(settings), *callbacks]
+    )
     trainer.order, trainer.ranks = order, ranks
     # The loss is a mean over all labels of the mesh already.
     trainer.model_accepts_loss_kwargs = False
