@@ -1,7 +1,7 @@
 """Attention operators: pure functions on tensors, one file per operator."""
 
 from manyheads.ops.agent import agent_attention, agent_weights
-from manyheads.ops.aggregated import aggregated_attention, length_scaled_query
+from manyheads.ops.aggregated import aggregated_attention, length_scaled_cosine_attention, length_scaled_query
 from manyheads.ops.bilevel_routing import bilevel_routing_attention
 from manyheads.ops.channel import channel_attention
 from manyheads.ops.halo import halo_attention
@@ -45,6 +45,7 @@ __all__ = [
     "inline_attention_step",
     "inline_weights",
     "learned_routing",
+    "length_scaled_cosine_attention",
     "length_scaled_query",
     "lightning_attention",
     "lightning_attention_step",

@@ -125,7 +125,7 @@ def _reference(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tenso
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    grouped = query.shape[1] != key.shape[1]
+    grouped = bool(query.shape[1] != key.shape[1])  # a bool also where the compiler leaves the number of heads open
     if not key.shape[2]:  # torch's fused attention divides by the number of keys
         return _reference(query, key, value, scale)
     return scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=grouped)

@@ -109,5 +109,5 @@ def _reference(query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None, s
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None, scale: float) -> Tensor:
-    grouped = query.shape[1] != key.shape[1]
+    grouped = bool(query.shape[1] != key.shape[1])  # a bool also where the compiler leaves the number of heads open
     return scaled_dot_product_attention(query, key, value, attn_mask=keys, scale=scale, enable_gqa=grouped)
