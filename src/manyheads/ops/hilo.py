@@ -19,7 +19,14 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from manyheads.engines.common import accumulation_dtype, check_choice, check_qkv, repeat_heads, resolve_scale
+from manyheads.engines.common import (
+    accumulation_dtype,
+    check_choice,
+    check_qkv,
+    repeat_heads,
+    resolve_scale,
+    shares_keys,
+)
 from manyheads.ops.window import window_attention
 
 
@@ -125,7 +132,7 @@ def _reference(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tenso
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    grouped = bool(query.shape[1] != key.shape[1])  # a bool also where the compiler leaves the number of heads open
+    grouped = shares_keys(query, key)
     if not key.shape[2]:  # torch's fused attention divides by the number of keys
         return _reference(query, key, value, scale)
     return scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=grouped)

@@ -14,7 +14,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from manyheads.engines.common import accumulation_dtype, check_choice, check_qkv, repeat_heads, resolve_scale
+from manyheads.engines.common import (
+    accumulation_dtype,
+    check_choice,
+    check_qkv,
+    repeat_heads,
+    resolve_scale,
+    shares_keys,
+)
 
 
 def window_attention(
@@ -109,5 +116,5 @@ def _reference(query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None, s
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None, scale: float) -> Tensor:
-    grouped = bool(query.shape[1] != key.shape[1])  # a bool also where the compiler leaves the number of heads open
+    grouped = shares_keys(query, key)
     return scaled_dot_product_attention(query, key, value, attn_mask=keys, scale=scale, enable_gqa=grouped)
