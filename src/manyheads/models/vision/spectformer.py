@@ -228,7 +228,7 @@ def resize_positions(embedding: Tensor, old: tuple[int, int], new: tuple[int, in
         return embedding
     image = embedding.float().unflatten(1, old).permute(0, 3, 1, 2)
     resized = F.interpolate(image, size=new, mode="bicubic", align_corners=False)
-    return resized.flatten(2).mT.to(embedding.dtype)
+    return resized.flatten(2).mT.to(embedding.dtype).contiguous()
 
 
 def checkpoint_filter_fn(state: State, model: nn.Module) -> State:
