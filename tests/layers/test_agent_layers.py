@@ -106,6 +106,17 @@ def test_weights_are_dropped_in_training_alone() -> None:
     assert torch.equal(layer.eval()(x), layer(x))
 
 
+def test_biases_are_made_once_in_evaluation_and_follow_the_weights() -> None:
+    layer = AgentAttention(8, 2, (4, 3), agents=4).eval()
+    with torch.no_grad():
+        first = layer.biases((4, 3), (4, 3))
+        assert layer.biases((4, 3), (4, 3)) is first
+        layer.ah_bias.add_(1)
+        torch.testing.assert_close(layer.biases((4, 3), (4, 3))[0], first[0] + 1)
+    assert layer.biases((4, 3), (4, 3))[0].requires_grad
+    assert not any("kept" in name for name in layer.state_dict())
+
+
 def test_bfloat16_stays_close() -> None:
     layer, x = AgentAttention(32, 4, (8, 8), agents=16), torch.randn(2, 64, 32)
     expected = layer(x)

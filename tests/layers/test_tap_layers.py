@@ -80,6 +80,8 @@ def test_prefix_tokens_pass_by() -> None:
     pooled = layer.pool(x[:, 2:].view(2, 2, 3, 4).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     torch.testing.assert_close(out[:, 2:], pooled.reshape(2, 6, 4))
     torch.testing.assert_close(layer(x[:, 2:].view(2, 2, 3, 4)), pooled)
+    # Blocks that the class token joins later see the patches alone.
+    torch.testing.assert_close(layer(x[:, 2:]), pooled.reshape(2, 6, 4))
 
 
 def _block_by_hand(block: FANBlock, x: torch.Tensor) -> torch.Tensor:

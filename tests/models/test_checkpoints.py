@@ -167,3 +167,14 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path: Path, monkeypatch: py
         save_checkpoint(model, tmp_path / "model.safetensors")
     assert (tmp_path / "model.safetensors").read_bytes() == old
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_one_of_several_sets_of_weights(tmp_path) -> None:
+    file = tmp_path / "both.pth"
+    torch.save({"model": {"weight": torch.zeros(1)}, "model_ema": {"module.weight": torch.ones(1)}, "epoch": 3}, file)
+    assert read_state(file)["weight"] == 0
+    assert read_state(f"{file}#model_ema")["weight"] == 1
+    with pytest.raises(CheckpointError, match=r"no weights called 'ema', only \['model', 'model_ema'\]"):
+        read_state(f"{file}#ema")
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "odd#name.pth")
+    assert read_state(tmp_path / "odd#name.pth")["weight"] == 0

@@ -12,7 +12,7 @@ from manyheads.models.recipes import recipe_for
 from manyheads.models.training import make_optimizer
 from manyheads.models.vision.agent import DENSE_AGENTS
 from manyheads.models.vision.hosts import HostDense, common, deit, pvt
-from manyheads.models.vision.hosts.common import checkpoint_filter_fn
+from manyheads.models.vision.hosts.common import checkpoint_filter_fn, dense_filter_fn
 
 PARAMETERS = {
     "agent_deit_tiny": 6_015_640,
@@ -249,6 +249,33 @@ def test_dense_trunks_give_maps_of_any_image(host) -> None:
     maps = [(18, 26), (5, 7), (3, 4)] if host == "swin" else [(17, 25), (4, 6), (2, 3)]
     assert sizes == [(1, width, *size) for width, size in zip(channels, maps)]
     assert ("norm3.weight" in dense.state_dict()) == (host == "swin")
+
+
+@pytest.mark.parametrize("host", ["swin", "pvt"])
+@pytest.mark.parametrize("prefix", ["", "backbone."])
+def test_backbones_of_detectors_load(host, prefix) -> None:
+    def make() -> HostDense:
+        return HostDense(_small(f"agent_{host}", any_size=True), norms=host == "swin").eval()
+
+    source, target = make(), make()
+    state = {name.removeprefix("trunk."): torch.randn_like(value) for name, value in source.state_dict().items()}
+    official = {f"{prefix}{name}": value for name, value in state.items()}
+    official |= {"neck.conv.weight": torch.zeros(1)} if prefix else {"norm.weight": torch.zeros(1)}
+    load_checkpoint(target, {"state_dict": official}, dense_filter_fn)
+    found = {name.removeprefix("trunk."): value for name, value in target.state_dict().items()}
+    assert all(torch.equal(found[name], value) for name, value in state.items())
+    state.popitem()
+    with pytest.raises(ValueError, match="missing"):
+        load_checkpoint(make(), {f"{prefix}{name}": value for name, value in state.items()}, dense_filter_fn)
+
+
+def test_inline_attention_needs_no_agents() -> None:
+    model = create_model(
+        "inline_swin_tiny", img_size=32, embed_dim=8, depths=(1, 1), num_heads=(1, 2), attn_type="IS", num_classes=3
+    )
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 3)
+    with pytest.raises(ValueError, match="differ in length"):
+        create_model("agent_swin_tiny", img_size=32, embed_dim=8, depths=(1, 1), num_heads=(1, 2), attn_type="AB")
 
 
 def test_recipes_are_the_published_ones() -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from safetensors.torch import load_file
 
 from manyheads.layers.mixture_of_heads import collect_routing
 from manyheads.models import create_model, load_checkpoint
+from manyheads.models.diffusion_training import DiffusionRecipe, train_diffusion
 from manyheads.models.evaluation import evaluate_vision
+from manyheads.models.image_data import ImageData, load_images
 from manyheads.models.moh_dit import VARIANTS, MoHDiT, TimestepEmbedding, checkpoint_filter_fn
 from manyheads.models.training import train_vision
 
@@ -200,3 +204,52 @@ def test_latents_that_patches_do_not_tile_are_refused() -> None:
         _small()(torch.randn(1, 4, 7, 8), torch.tensor([1]), torch.tensor([1]))
     with pytest.raises(ValueError, match=r"x must be \(batch, 4, height, width\)"):
         _small()(torch.randn(1, 3, 8, 8), torch.tensor([1]), torch.tensor([1]))
+
+
+TINY = {"embed_dim": 16, "head_dim": 8, "num_heads": (2, 2), "shared_heads": (1, 2), "active_heads": (1, 0)}
+
+
+def _few_digits(count: int = 48) -> ImageData:
+    data = load_images("digits", image_size=8)
+    data.train.length, data.test.length = count, 16
+    return data
+
+
+def test_training_averages_its_weights_and_goes_on_where_it_was_stopped(tmp_path) -> None:
+    arguments = dict(output=tmp_path, epochs=3, batch_size=16, model_options=TINY, progress=False, device="cpu")
+    whole = train_diffusion("moh_dit_s_2_90", _few_digits(), **arguments)
+    assert (whole.steps, len(whole.test_losses)) == (9, 3)
+    assert whole.test_losses[-1] < whole.test_losses[0]
+    averaged, last = (load_file(tmp_path / name) for name in ("model.safetensors", "last.safetensors"))
+    assert not averaged["blocks.0.attn.proj.bias"].equal(last["blocks.0.attn.proj.bias"])
+    # Killed while it wrote the last checkpoint: the averaged weights come at its very end.
+    (tmp_path / "checkpoint-9" / "averaged.safetensors").unlink()
+    resumed = train_diffusion("moh_dit_s_2_90", _few_digits(), **arguments)
+    assert resumed.resumed_from == str(tmp_path / "checkpoint-6")
+    assert resumed.losses == whole.losses
+    for name, before in (("model.safetensors", averaged), ("last.safetensors", last)):
+        torch.testing.assert_close(load_file(tmp_path / name), before, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="holds checkpoints of another run"):
+        train_diffusion("moh_dit_s_2_90", _few_digits(), **{**arguments, "resume": False})
+
+
+def test_latents_come_from_an_encoder(tmp_path) -> None:
+    sizes = dict(block_out_channels=(4,) * 4, norm_num_groups=2, layers_per_block=1)
+    kinds = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+    AutoencoderKL(**sizes, **kinds).save_pretrained(tmp_path / "encoder")
+    found = train_diffusion(
+        "moh_dit_s_2_90", _few_digits(4), output=tmp_path / "run", epochs=1, batch_size=4, image_size=32, device="cpu",
+        encoder=str(tmp_path / "encoder"), model_options=TINY, progress=False,
+    )  # fmt: skip
+    state = load_file(tmp_path / "run" / "last.safetensors")
+    assert state["x_embedder.proj.weight"].shape[1] == 4
+    assert state["pos_embed"].shape[1] == 4  # 32 pixels are 4 x 4 latents, 2 x 2 tokens
+    assert not any("encoder" in name for name in state)
+    assert found.settings["recipe"]["average"] == 0.99
+    with pytest.raises(ValueError, match="image_size=36 must be a multiple of 8"):
+        train_diffusion("moh_dit_s_2_90", _few_digits(4), output=tmp_path, batch_size=4, image_size=36, encoder="x")
+
+
+def test_the_published_recipe() -> None:
+    recipe = DiffusionRecipe()
+    assert (recipe.lr, recipe.average, recipe.head_balance, recipe.hflip) == (1e-4, 0.9999, 0.01, 0.5)

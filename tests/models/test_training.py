@@ -5,23 +5,29 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from manyheads.models.evaluation import count_flops, evaluate_vision
 from manyheads.models.image_data import ImageData, load_images
 from manyheads.models.recipes import recipe_for
 from manyheads.models.registry import create_model
+from manyheads.models.repeated_augmentation import RepeatedAugmentation
+from manyheads.models.schedule import cosine_schedule
 from manyheads.models.training import make_optimizer, train_vision
 from manyheads.models.training import test_transform as evaluation_transform
+from manyheads.models.weight_averaging import AVERAGED
 
 MODEL = {"depths": (1, 1), "embed_dims": (32, 64), "topks": (2, -2), "regions": 2}
 # Everything random at once: crops, RandAugment, erasing, mixup, cutmix, stochastic depth.
@@ -78,6 +84,64 @@ def test_a_run_that_was_cut_off_goes_on_with_the_same_losses(tmp_path: Path) -> 
         _train(tmp_path / "cut", resume=False)
 
 
+def test_averaged_weights_and_repeated_images_survive_a_cut(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, ema=0.8, repeats=3, cooldown_epochs=3)
+    options = {"recipe": recipe, "batch_size": 24}
+    whole = _train(tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        _train(tmp_path / "cut", callbacks=[_CutOff()], **options)
+    # The power went after the trainer's state of a checkpoint was written and before the average was.
+    shutil.copytree(tmp_path / "cut" / "checkpoint-3", tmp_path / "cut" / "checkpoint-4")
+    (tmp_path / "cut" / "checkpoint-4" / AVERAGED).unlink()
+    resumed = _train(tmp_path / "cut", **options)
+    assert resumed.resumed_from == str(tmp_path / "cut" / "checkpoint-3")
+    assert (resumed.losses, resumed.accuracy) == (whole.losses, whole.accuracy)
+
+    final, states = load_file(tmp_path / "cut" / "model.safetensors"), {}
+    for step in (6, 8):
+        folder = tmp_path / "whole" / f"checkpoint-{step}"
+        raw = {name.removeprefix("network."): value for name, value in load_file(folder / "model.safetensors").items()}
+        states[step] = (raw, load_file(folder / AVERAGED))
+    name = "head.weight"
+    assert torch.equal(final[name], states[8][1][name])
+    assert not torch.equal(states[8][0][name], states[8][1][name])
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_copies_of_an_image_go_to_different_processes(processes: int) -> None:
+    order = RepeatedAugmentation(50, repeats=3, batch_size=4, processes=processes, seed=5)
+    pairs = list(order)
+    assert len(pairs) == len(order) == 50 - 50 % (4 * processes)
+    assert len(set(pairs)) == len(pairs)
+    images = Counter(image for image, _ in pairs)
+    assert sorted(images.values())[1:] == [3] * (len(images) - 1)
+    if processes == 4:
+        batches = [pairs[start : start + 4] for start in range(0, len(pairs), 4)]
+        assert all(len({image for image, _ in batch}) == 4 for batch in batches)
+    order.set_epoch(1)
+    assert list(order) != pairs
+    data = _few_digits().train
+    data.transform, data.seed = lambda image: torch.rand(3), 1
+    copies = [data[2, copy]["pixel_values"] for copy in (0, 1, 0)]
+    assert torch.equal(copies[0], copies[2])
+    assert not torch.equal(copies[0], copies[1])
+
+
+def test_the_rate_rises_falls_and_rests() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = cosine_schedule(optimizer, steps=20, warmup=4, cooldown=6, warmup_lr=0.2, min_lr=0.1)
+    rates = []
+    for _ in range(20):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert rates[7] == pytest.approx(0.55)
+    assert rates[14:] == pytest.approx([0.1] * 6)
+    with pytest.raises(ValueError, match="leave none of steps=5"):
+        cosine_schedule(optimizer, steps=5, warmup=2, cooldown=3)
+
+
 def test_augmentation_depends_on_seed_epoch_and_index_alone() -> None:
     data = _few_digits().train
     data.transform = lambda image: torch.rand(3)
@@ -106,6 +170,7 @@ def test_operations_are_counted_inside_attention() -> None:
         ({"batch_size": 15}, "must be even"),
         ({"batch_size": 128}, "at most 96"),
         ({"epochs": 0}, "epochs=0"),
+        ({"lr": 0.0}, "lr=0.0"),
         ({"device": "tpu"}, "device='tpu'"),
     ],
 )

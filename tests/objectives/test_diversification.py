@@ -6,7 +6,11 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torchvision.models import VisionTransformer
+from transformers import AutoConfig, AutoModel
 
+from manyheads.layers.tap import PooledNorm
+from manyheads.models import create_model
 from manyheads.models.vision.token_robustness import add_token_pooling, attention_maps
 from manyheads.objectives.diversification import attention_diversification_loss, overfocus
 
@@ -118,8 +122,33 @@ def test_models_without_visible_attention_are_told() -> None:
     )
     with pytest.warns(UserWarning, match="MultiheadAttention cannot return"), attention_maps(mixed):
         pass
-    with pytest.raises(ValueError, match="no block with norm1 and attn"):
+    with pytest.raises(ValueError, match="no block in front of which TAP could stand; tried norm1 and attn"):
         add_token_pooling(nn.Linear(2, 2))
     vit = add_token_pooling(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1))
     with pytest.raises(ValueError, match="has token-aware pooling already"):
         add_token_pooling(vit)
+
+
+@pytest.mark.parametrize(("kind", "prefix"), [("vit", 1), ("dinov2_with_registers", 5), ("siglip_vision_model", 0)])
+def test_transformers_backbones_have_both(kind: str, prefix: int) -> None:
+    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, image_size=32)
+    config = AutoConfig.for_model(kind, patch_size=8, **sizes)
+    model = add_token_pooling(AutoModel.from_config(config, attn_implementation="eager")).eval()
+    pools = [module for module in model.modules() if isinstance(module, PooledNorm)]
+    assert [pool.prefix for pool in pools] == [prefix] * 2
+    out = model(torch.randn(1, 3, 32, 32), output_attentions=True)
+    assert out.last_hidden_state.shape == (1, 16 + prefix, 16)
+    assert 0 <= attention_diversification_loss(out.attentions) <= 1
+
+
+def test_other_libraries_and_hosts_have_pooling() -> None:
+    images = torch.randn(1, 3, 32, 32)
+    torchvision = add_token_pooling(VisionTransformer(32, 8, 1, 2, 16, 16, num_classes=5))
+    assert torchvision(images).shape == (1, 5)
+    host = create_model(
+        "inline_deit_tiny", img_size=32, patch_size=8, embed_dim=12, depth=1, num_heads=2, num_classes=5
+    )
+    assert add_token_pooling(host)(images).shape == (1, 5)
+    assert host.blocks[0].norm1.prefix == 1
+    with pytest.raises(ValueError, match="SwinTransformerV2Block stands behind the attention"):
+        add_token_pooling(timm.create_model("swinv2_tiny_window8_256", depths=(1, 1), num_heads=(1, 1), embed_dim=8))

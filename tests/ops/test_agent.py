@@ -111,7 +111,8 @@ def test_compiles_whole(compiling) -> None:
         ({"shortcut": 0.1}, "9 queries and 13 keys"),
         ({"dropout": 1.5}, "dropout=1.5 must be between"),
         ({"key_mask": torch.ones(2, 9, dtype=torch.bool)}, r"key_mask must be boolean of shape \(2, 13\)"),
-        ({"agent_bias": torch.zeros(4, 4, 12)}, "does not broadcast"),
+        ({"agent_bias": torch.zeros(4, 4, 12)}, r"agent_bias of shape \(4, 4, 12\) does not broadcast"),
+        ({"query_bias": torch.zeros(4, 4, 12), "backend": "reference"}, r"query_bias of shape \(4, 4, 12\) does not"),
         ({"backend": "magic"}, "backend='magic'"),
     ],
 )
@@ -146,6 +147,16 @@ def test_merging_averages_and_unmerging_copies() -> None:
         for index, position in enumerate(matching.destinations.tolist()):
             group = [position, *gone[best == index].tolist()]
             torch.testing.assert_close(back[sample, group], x[sample, group].mean(0).expand(len(group), -1))
+
+
+def test_tokens_of_zeros_resemble_nothing() -> None:
+    x = torch.randn(1, 16, 8)
+    x[:, 5] = 0
+    matching = match_tokens(x, (4, 4), (2, 2))
+    pairs = torch.cosine_similarity(x[0, matching.sources[0], None], x[:, matching.destinations], dim=-1)
+    best, which = pairs.max(-1)
+    assert best.diff().le(1e-6).all()
+    assert which.equal(matching.best[0])
 
 
 def test_nothing_merged_is_nothing_lost() -> None:

@@ -102,6 +102,14 @@ def test_half_precision_stays_close(dtype, causal) -> None:
     assert large.isfinite().all()
 
 
+@pytest.mark.parametrize("scale", [-0.4, 0.0])
+@pytest.mark.parametrize("causal", [True, False])
+def test_any_scale_is_taken_as_it_is(scale, causal) -> None:
+    q, k, v = _tensors()
+    expected = inline_attention(q, k, v, scale=scale, causal=causal, backend="reference")
+    torch.testing.assert_close(inline_attention(q, k, v, scale=scale, causal=causal), expected)
+
+
 def test_views_are_read_as_they_are() -> None:
     q, k, v = _tensors(kv_heads=4)
     views = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k)]

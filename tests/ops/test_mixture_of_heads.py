@@ -94,6 +94,15 @@ def test_the_balance_loss_is_active_heads_when_all_are_used_alike_and_skips_padd
     alone = load_balance_loss(probabilities[real], chosen[real])
     torch.testing.assert_close(load_balance_loss(probabilities, chosen, real=real), alone)
     assert load_balance_loss(probabilities, chosen, real=torch.zeros_like(real)) == 0
+    with pytest.raises(ValueError, match=r"real must say of tokens \(3, 4\), got shape \(3, 5\)"):
+        load_balance_loss(probabilities, chosen, real=torch.ones(3, 5))
+
+
+def test_heads_that_are_all_shared_have_nothing_to_balance() -> None:
+    scores = torch.randn(2, 5, 4, requires_grad=True)
+    found = learned_routing(None, scores, None, active=0)
+    assert found.balance_loss() == 0
+    torch.testing.assert_close(found.gates, 4 * scores.softmax(-1))
 
 
 def _case(data, dtype: torch.dtype = torch.double, causal: bool = False) -> tuple[list[torch.Tensor], dict]:

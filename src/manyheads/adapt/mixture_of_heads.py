@@ -26,7 +26,7 @@ from manyheads.interpret.attach import AttentionCall, attention_function, geomet
 from manyheads.ops.mixture_of_heads import Routing, check_routing, mixture_of_heads_attention, query_norm_routing
 
 # Options of transformers' attention call that say nothing which the mask does not say.
-_MASK_OR_CACHE = ("position_ids", "cache_position", "use_cache", "sliding_window")
+_MASK_OR_CACHE = ("position_ids", "cache_position", "use_cache", "sliding_window", "is_causal")
 
 
 @dataclass
@@ -152,14 +152,18 @@ class _Attend:
         plain = not dropout and all(
             name in _MASK_OR_CACHE or value is None or value is False for name, value in options.items()
         )
-        ours = attention_mask.dtype == torch.bool if attention_mask is not None else query.shape[2] == key.shape[2]
+        # Without a mask attention is causal, unless the call or else the module says that it is not.
+        told = options.get("is_causal")
+        causal = attention_mask is None and bool(getattr(module, "is_causal", True) if told is None else told)
+        square = query.shape[2] == key.shape[2]
+        ours = attention_mask.dtype == torch.bool if attention_mask is not None else square or not causal
         if query.shape[2] == 1 or not (plain and ours):
             out, _ = call.original(
                 module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options
             )
             return out * gates[..., None], None
         out = mixture_of_heads_attention(
-            query, key, value, gates.transpose(1, 2), scale=scaling, causal=attention_mask is None,
+            query, key, value, gates.transpose(1, 2), scale=scaling, causal=causal,
             mask=None if attention_mask is None else attention_mask[..., : key.shape[2]],
         )  # fmt: skip
         return out.transpose(1, 2), None

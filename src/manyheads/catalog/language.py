@@ -199,6 +199,7 @@ LANGUAGE_SYSTEMS = (
             "manyheads.layers.mixture_of_heads.MixtureOfHeadsAttention",
             "manyheads.models.vision.transnext.TransNeXt",
             "manyheads.models.moh_dit.MoHDiT",
+            "manyheads.models.diffusion_training.train_diffusion",
             "manyheads.adapt.mixture_of_heads.MixtureOfHeads",
             "manyheads.objectives.diffusion.diffusion_loss",
         ),

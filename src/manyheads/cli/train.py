@@ -1,8 +1,8 @@
-"""``manyheads train``: a vision model by its published recipe, or a language model on long sequences."""
+"""``manyheads train``: a vision or diffusion model by its published recipe, or a language model on long sequences."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -54,6 +54,10 @@ def train(
     length: Annotated[int, typer.Option(min=2, help="Language: tokens of a sequence.")] = 512,
     steps: Annotated[int | None, typer.Option(min=1, help="Language: optimiser steps; default: by epochs.")] = None,
     timeout: Annotated[float, typer.Option(help="Language: seconds to wait for a silent process.")] = 300.0,
+    encoder: Annotated[
+        str | None,
+        typer.Option(help="Diffusion: a diffusers AutoencoderKL (directory or hub id), or none for pixels."),
+    ] = None,
     diversification: Annotated[
         float | None, typer.Option(help="Weight of the attention diversification loss; default: the recipe's.")
     ] = None,
@@ -72,7 +76,7 @@ def train(
     if _is_language(model):
         _refuse(
             "language", image_size=image_size, checkpoint=checkpoint, attention_types=attention_types,
-            attention=attention, option=option, diversification=diversification,
+            attention=attention, option=option, diversification=diversification, encoder=encoder,
         )  # fmt: skip
         from manyheads.parallel.training import train_language
 
@@ -91,6 +95,16 @@ def train(
             typer.echo(f"{trained.steps} steps, test loss {trained.test_loss:.4f}; model: {trained.output}")
         return
     _refuse("vision", steps=steps, context_parallel=None if context_parallel == 1 else context_parallel)
+    if model.removeprefix("manyheads_").startswith("moh_dit_"):
+        _refuse("diffusion", diversification=diversification, attention_types=attention_types, attention=attention)
+        _train_diffusion(
+            model, data or "digits", json, output=output or f"runs/{model}", epochs=epochs,
+            batch_size=batch_size or 256, lr=lr, seed=seed, resume=resume, device=device, dtype=dtype,
+            image_size=image_size, encoder=encoder, save_steps=save_steps, workers=workers, checkpoint=checkpoint,
+            model_options=model_options(option, None, None), progress=not json,
+        )  # fmt: skip
+        return
+    _refuse("vision", encoder=encoder)
     if model.removeprefix("manyheads_").startswith("sparsifiner_"):
         from manyheads.adapt.sparsifiner import train_sparsifiner as train_vision
     else:
@@ -112,6 +126,23 @@ def train(
     print_table(f"{model} on {data}", ["epoch", "top-1 %"], per_epoch[-10:], right=("epoch", "top-1 %"))
     typer.echo(
         f"{result.steps} steps, last loss {result.losses[-1][1]:.4f}; weights: {result.output}/model.safetensors"
+    )
+
+
+def _train_diffusion(model: str, data: str, json: bool, **options: Any) -> None:
+    from manyheads.models.diffusion_training import train_diffusion
+
+    result = train_diffusion(model, data, **options)
+    if not result.is_main_process:
+        return
+    if json:
+        print_json(result.to_dict())
+        return
+    per_epoch = [[str(epoch), f"{value:.4f}"] for epoch, value in enumerate(result.test_losses, 1)]
+    print_table(f"{model} on {data}", ["epoch", "test loss"], per_epoch[-10:], right=("epoch", "test loss"))
+    typer.echo(
+        f"{result.steps} steps, last loss {result.losses[-1][1]:.4f}; averaged weights: "
+        f"{result.output}/model.safetensors"
     )
 
 

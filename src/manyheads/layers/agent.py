@@ -21,6 +21,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from manyheads.layers.cross_shaped import merge_stripes, split_stripes, stripe_map
+from manyheads.layers.kept import kept
 from manyheads.ops.agent import agent_attention
 
 COARSE = 7
@@ -81,7 +82,7 @@ class AgentBias(nn.Module):
         self.ca_bias = table(1, heads, 1, agents) if class_token else None
 
     def biases(self, grid: tuple[int, int], key_grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """B1 (heads, agents, keys) and B2 (heads, queries, agents) for these maps.
+        """B1 (heads, agents, keys) and B2 (heads, queries, agents) for these maps; made once in evaluation.
 
         Raises:
             ValueError: a map of another size, unless ``any_size``.
@@ -91,6 +92,10 @@ class AgentBias(nn.Module):
                 f"the agent biases are of a map of {self.grid[0]} x {self.grid[1]} tokens, got {grid[0]} x {grid[1]}; "
                 "set_input_size of the model resizes them, or allow any_size"
             )
+        tables = [table for name, table in self.named_parameters(recurse=False) if name.endswith("_bias")]
+        return kept(self, tables, (tuple(grid), tuple(key_grid)), lambda: self._stretched(grid, key_grid))
+
+    def _stretched(self, grid: tuple[int, int], key_grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         first = _stretch(self.an_bias, key_grid) + _stretch((self.ah_bias + self.aw_bias)[0], key_grid)
         lines = (self.ha_bias + self.wa_bias)[0].permute(0, 3, 1, 2)
         second = _stretch(self.na_bias, grid) + _stretch(lines, grid)

@@ -127,7 +127,7 @@ class PooledNorm(nn.Module):
         norm: the norm that stood there.
         dim: width of the tokens.
         grid: rows and columns of the map; None takes the square that the tokens make.
-        prefix: how many tokens stand in front of the patches.
+        prefix: how many tokens stand in front of the patches; where exactly the grid's tokens come, they have none.
         num_scales, temperature: of ``TokenAwarePooling``.
 
     Shape: (batch, prefix + H * W, dim), or a map (batch, H, W, dim); returned as it came.
@@ -158,9 +158,10 @@ class PooledNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim == 4:
             return self.norm(on_channels_last(self.pool, x))
-        first, patches = x[:, : self.prefix], x[:, self.prefix :]
+        bare = self.grid is not None and x.shape[1] == self.grid[0] * self.grid[1]
+        first, patches = x.split([0 if bare else self.prefix, x.shape[1] - (0 if bare else self.prefix)], dim=1)
         pooled = on_channels_last(self.pool, patches.unflatten(1, grid_of(patches.shape[1], self.grid))).flatten(1, 2)
-        return self.norm(torch.cat([first, pooled], dim=1) if self.prefix else pooled)
+        return self.norm(torch.cat([first, pooled], dim=1) if first.shape[1] else pooled)
 
 
 def grid_of(tokens: int, grid: Grid | None = None) -> Grid:

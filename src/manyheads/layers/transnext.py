@@ -10,7 +10,6 @@ Source: "TransNeXt: Robust Foveal Visual Perception for Vision Transformers", ar
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from manyheads.engines.common import check_choice
+from manyheads.layers.kept import kept
 from manyheads.layers.mixture_of_heads import HeadRouter
 from manyheads.ops.aggregated import aggregated_attention, cosine_query_and_key, length_scaled_cosine_attention
 from manyheads.ops.mixture_of_heads import mixture_of_heads_attention
@@ -73,17 +73,9 @@ class PositionBias(nn.Module):
         self.side, self.base, self.mode = side, base, mode
         self.cpb_fc1 = nn.Linear(2, 512)
         self.cpb_fc2 = nn.Linear(512, heads)
-        self._kept: tuple[Any, Tensor, list[Tensor]] | None = None
 
     def forward(self, grid: Grid, pooled: Grid) -> Float[Tensor, "heads tokens pooled"]:
-        weights = list(self.parameters())
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_inference(weights[0]):
-            return self._table(grid, pooled)
-        key = (grid, pooled, *((weight.data_ptr(), weight._version) for weight in weights))
-        if self._kept is None or self._kept[0] != key:
-            # The tensors are held, so that no other weights can come to lie at their addresses.
-            self._kept = key, self._table(grid, pooled), [weight.data for weight in weights]
-        return self._kept[1]
+        return kept(self, list(self.parameters()), (grid, pooled), lambda: self._table(grid, pooled))
 
     def _table(self, grid: Grid, pooled: Grid) -> Tensor:
         if self.base is None or self.mode == "extrapolate" or self.base == (grid, pooled):

@@ -75,9 +75,13 @@ def load_checkpoint(model: nn.Module, source: str | Path | Mapping[str, Any], co
 def read_state(source: str | Path) -> State:
     """The tensors of a checkpoint file, directory or hub id, free of wrappers; code in the file is never run.
 
+    A file with several sets of weights gives those that were trained; "FILE#model_ema" names another set.
+
     Raises:
-        CheckpointError: no such file, an unknown kind of file, a truncated one, or a pickle that holds more than data.
+        CheckpointError: no such file or set of weights, an unknown kind of file, a truncated one, or a pickle that
+            holds more than data.
     """
+    source, wanted = _split(source)
     path = _locate(source)
     try:
         if path.suffix == ".safetensors":
@@ -95,6 +99,11 @@ def read_state(source: str | Path) -> State:
         raise CheckpointError(f"{path} is damaged, cut short or not a checkpoint ({_first_line(error)})") from error
     except (KeyError, TypeError, AttributeError, IndexError, UnicodeDecodeError, AssertionError) as error:
         raise CheckpointError(f"{path} is not a checkpoint ({type(error).__name__}: {_first_line(error)})") from error
+    if wanted:
+        if not isinstance(content, Mapping) or not isinstance(content.get(wanted), Mapping):
+            known = [str(key) for key, value in dict(content).items() if isinstance(value, Mapping)]
+            raise CheckpointError(f"{path} holds no weights called {wanted!r}, only {known}")
+        content = content[wanted]
     return _tensors(unwrap(content), str(path))
 
 
@@ -136,6 +145,12 @@ def rename(state: State, rules: Iterable[tuple[str, str]]) -> State:
             key = pattern.sub(replacement, key)
         renamed[key] = value
     return renamed
+
+
+def _split(source: str | Path) -> tuple[str | Path, str]:
+    """A source and the name behind its "#"; a path that exists is taken as it is."""
+    before, mark, wanted = str(source).rpartition("#")
+    return (before, wanted) if mark and wanted and not Path(source).expanduser().exists() else (source, "")
 
 
 def _locate(source: str | Path) -> Path:

@@ -24,6 +24,8 @@ Transform = Callable[[Any], torch.Tensor]
 class LabelledImages(Dataset):
     """What the trainer reads: ``{"pixel_values": tensor, "labels": int}`` for an index.
 
+    A pair (index, copy) gives the image too, with another outcome of random transforms for every copy.
+
     With a ``seed``, what a random transform does to an image depends on seed, ``epoch`` and index alone: not on what
     was loaded before or ahead of time, by which process, or in the run that this one resumes.
     """
@@ -37,11 +39,12 @@ class LabelledImages(Dataset):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        image, label = self.read(index)
+    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
+        which = (index,) if isinstance(index, int) else index
+        image, label = self.read(which[0])
         pixels = image.convert("RGB")
         if self.transform is not None:
-            with _own_randomness(None if self.seed is None else (self.seed, self.epoch, index)):
+            with _own_randomness(None if self.seed is None else (self.seed, self.epoch, *which)):
                 pixels = self.transform(pixels)
         return {"pixel_values": pixels, "labels": int(label)}
 

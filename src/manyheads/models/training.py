@@ -33,7 +33,10 @@ from manyheads.models.checkpoints import save_checkpoint
 from manyheads.models.image_data import ImageData, LabelledImages, load_images
 from manyheads.models.recipes import Recipe, recipe_for
 from manyheads.models.registry import check_classifies, create_model
+from manyheads.models.repeated_augmentation import RepeatedAugmentation
+from manyheads.models.schedule import cosine_schedule
 from manyheads.models.vision.token_robustness import attention_maps
+from manyheads.models.weight_averaging import AVERAGED, AveragedWeights
 from manyheads.objectives.diversification import attention_diversification_loss
 
 # A loss of one's own: (images, targets, label smoothing) to (loss, logits).
@@ -48,9 +51,10 @@ class Training:
 
     Attributes:
         model: registered name.
-        output: directory with ``model.safetensors`` (our layout), ``training.json`` and the checkpoints.
+        output: directory with ``model.safetensors`` (our layout; the averaged weights where the recipe has them),
+            ``training.json`` and the checkpoints.
         losses: (step, training loss) in the order of the steps, over resumptions.
-        accuracy: top-1 on the test part after each epoch, in [0, 1].
+        accuracy: top-1 on the test part after each epoch, in [0, 1] (of the averaged weights, where there are any).
         steps: optimiser steps made.
         resumed_from: the checkpoint that this call went on from, or None.
         settings: everything needed to repeat the run.
@@ -100,7 +104,8 @@ def train_vision(
         model: registered name ("davit_tiny").
         data: as in ``manyheads.models.image_data.load_images``.
         output: directory for checkpoints, final weights and the record of the run.
-        epochs: passes over the training images; None takes the recipe's.
+        epochs: passes over the training images; None takes the recipe's. Other lengths keep the recipe's share of
+            epochs at the lowest rate.
         batch_size: images a step and process; even, because mixup pairs them.
         lr: peak learning rate as it is; None takes the recipe's, scaled to the images of a step over all processes.
         seed: of weights, order, augmentation and stochastic depth.
@@ -143,6 +148,8 @@ def train_vision(
     epochs = recipe.epochs if epochs is None else epochs
     if epochs < 1:
         raise ValueError(f"epochs={epochs} must be at least 1")
+    if lr is not None and lr <= 0:
+        raise ValueError(f"lr={lr} must be positive")
     use_cpu = _on_cpu(device)
 
     set_seed(seed)
@@ -163,7 +170,7 @@ def train_vision(
         "processes": world, "seed": seed, "dtype": dtype, "image_size": size, "recipe": dataclasses.asdict(recipe),
         "lr": lr, "options": {name: _plain(value) for name, value in options.items()},
     }  # fmt: skip
-    last = _last_checkpoint(output)
+    last = _last_checkpoint(output, averaged=recipe.ema > 0)
     if last is not None and not resume:
         raise ValueError(f"{output} holds checkpoints of another run; choose another directory, or resume")
     if last is not None:
@@ -171,19 +178,14 @@ def train_vision(
 
     share = batch_size * world / 1024 if recipe.linear_scaling else 1.0
     rate = lr if lr is not None else recipe.lr * share
-    steps = epochs * (len(train) // (batch_size * world))
+    per_epoch = len(train) // (batch_size * world)
+    steps, cooldown = epochs * per_epoch, round(epochs * recipe.cooldown_epochs / recipe.epochs) * per_epoch
     arguments = TrainingArguments(
         output_dir=str(output),
         num_train_epochs=epochs,
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=batch_size,
         learning_rate=rate,
-        lr_scheduler_type="cosine_warmup_with_min_lr",
-        lr_scheduler_kwargs={
-            "min_lr": min(recipe.min_lr * share, rate),
-            "warmup_lr_rate": min(recipe.warmup_lr / recipe.lr, 1.0),
-        },
-        warmup_steps=min(recipe.warmup_epochs * (steps // epochs), steps // 2),
         max_grad_norm=recipe.clip_grad or math.inf,
         bf16=dtype == "bfloat16",
         fp16=dtype == "float16",
@@ -210,15 +212,34 @@ def train_vision(
     mix = None
     if recipe.mixup or recipe.cutmix:
         mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=images.classes)
+    optimizer = make_optimizer(network, rate, recipe.weight_decay, recipe.optimizer)
+    schedule = cosine_schedule(
+        optimizer, steps=steps, cooldown=cooldown,
+        warmup=min(recipe.warmup_epochs * per_epoch, (steps - cooldown) // 2),
+        warmup_lr=min(recipe.warmup_lr / recipe.lr, 1.0), min_lr=min(recipe.min_lr * share / rate, 1.0),
+    )  # fmt: skip
+    order = None
+    if recipe.repeats > 1:
+        order = RepeatedAugmentation(
+            len(train), repeats=recipe.repeats, batch_size=batch_size, processes=world, seed=seed
+        )
+    averaged = AveragedWeights(network, recipe.ema, last)
     trainer = _Trainer(
+        order,
+        averaged,
         model=_Classifier(network, recipe, mix, loss),
         args=arguments,
         data_collator=_collate,
         train_dataset=train,
         eval_dataset=images.test,
         compute_metrics=_accuracy,
-        optimizers=(make_optimizer(network, rate, recipe.weight_decay, recipe.optimizer), None),
-        callbacks=[_Record(settings, train, network), _AdaptiveClip(network, recipe.adaptive_clip), *callbacks],
+        optimizers=(optimizer, schedule),
+        callbacks=[
+            _Record(settings, train, network),
+            _AdaptiveClip(network, recipe.adaptive_clip),
+            averaged,
+            *callbacks,
+        ],
     )
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
 
@@ -234,7 +255,8 @@ def train_vision(
         is_main_process=trainer.is_world_process_zero(),
     )
     if trainer.is_world_process_zero():
-        save_checkpoint(network, output / WEIGHTS)
+        with averaged.instead():
+            save_checkpoint(network, output / WEIGHTS)
         _write(output / HISTORY, result.to_dict())
     return result
 
@@ -344,7 +366,21 @@ def _collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 class _Trainer(Trainer):
-    """The trainer, judging by every test image: only training leaves an incomplete last batch out."""
+    """The trainer with an order of images of its own and, where they are kept, judging by the averaged weights.
+
+    It judges by every test image: only training leaves an incomplete last batch out.
+    """
+
+    def __init__(self, order: RepeatedAugmentation | None, averaged: AveragedWeights, **options: Any) -> None:
+        super().__init__(**options)
+        self.order, self.averaged = order, averaged
+
+    def _get_train_sampler(self, *args: Any) -> Any:
+        return super()._get_train_sampler(*args) if self.order is None else self.order
+
+    def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
+        with self.averaged.instead():
+            return super().evaluate(*args, **options)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         self.args.dataloader_drop_last = False
@@ -395,14 +431,16 @@ def _accuracy(prediction: Any) -> dict[str, float]:
     return {"accuracy": float((np.asarray(prediction.predictions).argmax(-1) == prediction.label_ids).mean())}
 
 
-def _last_checkpoint(output: Path) -> Path | None:
-    """The newest checkpoint that was written to its end: the trainer's state comes last."""
+def _last_checkpoint(output: Path, *, averaged: bool) -> Path | None:
+    """The newest checkpoint that was written to its end: the trainer's state comes last, but for averaged weights."""
     found = []
     for path in output.glob("checkpoint-*"):
         try:
-            found.append((int(json.loads((path / "trainer_state.json").read_text())["global_step"]), path))
+            step = int(json.loads((path / "trainer_state.json").read_text())["global_step"])
         except (OSError, ValueError, KeyError):
             continue
+        if not averaged or (path / AVERAGED).is_file():
+            found.append((step, path))
     return max(found)[1] if found else None
 
 

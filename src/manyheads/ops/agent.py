@@ -59,7 +59,8 @@ def agent_attention(
 
     Raises:
         TypeError: mixed or integer dtypes.
-        ValueError: shapes that do not fit, ``causal=True``, a shortcut with unequal lengths, dropout outside [0, 1].
+        ValueError: shapes or biases that do not fit, ``causal=True``, a shortcut with unequal lengths, dropout outside
+            [0, 1].
 
     Source: "Agent Attention: On the Integration of Softmax and Linear Attention", arXiv 2312.08874, section 3.
 
@@ -70,6 +71,8 @@ def agent_attention(
     """
     check_choice("backend", backend, BACKENDS)
     _check(query, key, value, agents, key_mask, shortcut, dropout, causal)
+    _check_bias("agent_bias", agent_bias, (*query.shape[:2], agents.shape[2], key.shape[2]))
+    _check_bias("query_bias", query_bias, (*query.shape[:3], agents.shape[2]))
     scale = resolve_scale(scale, query.shape[-1])
     query_scale = scale if query_scale is None else float(query_scale)
     mask = None if key_mask is None else key_mask[:, None, None]
@@ -147,3 +150,11 @@ def _check(query, key, value, agents, key_mask, shortcut, dropout, causal) -> No
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (key.shape[0], key.shape[2])):
         wanted = (key.shape[0], key.shape[2])
         raise ValueError(f"key_mask must be boolean of shape {wanted}, got {key_mask.dtype} {tuple(key_mask.shape)}")
+
+
+def _check_bias(name: str, bias: Tensor | None, shape: tuple[int, ...]) -> None:
+    if bias is None:
+        return
+    axes = zip(reversed(bias.shape), reversed(shape))
+    if bias.ndim > len(shape) or any(have not in (1, wanted) for have, wanted in axes):
+        raise ValueError(f"{name} of shape {tuple(bias.shape)} does not broadcast to {tuple(shape)}")

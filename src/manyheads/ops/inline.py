@@ -177,9 +177,9 @@ def _noncausal(query, key, value, kernel, scale, key_mask) -> Tensor:
         real = key_mask[:, None, :, None]
         key, value, count = key.masked_fill(~real, 0), value.masked_fill(~real, 0), real.sum(2, keepdim=True).to(wide)
     # Half of the scale goes to either factor, so that in half precision the sum over all keys stays small.
-    share = (scale / count) ** 0.5
+    share = (abs(scale) / count) ** 0.5
     share = share if isinstance(share, float) else share.to(key.dtype)
-    gathered = (key * share).transpose(-2, -1) @ (value * share)
+    gathered = (key * (share if scale >= 0 else -share)).transpose(-2, -1) @ (value * share)
     mean_key = key.sum(2, keepdim=True, dtype=wide) / count
     mean_value = value.sum(2, keepdim=True, dtype=wide) / count
     # q S + (1 - s q.k~) v~ = q (S - s k~ v~^T) + v~: the correction has rank one and costs nothing on the small matrix.

@@ -177,7 +177,11 @@ def load_balance_loss(
     Args:
         probabilities: P, (..., routed).
         chosen: m, (..., routed).
-        real: (...), True for the tokens that count; None counts all. Without a token the loss is 0.
+        real: (...), True for the tokens that count; None counts all. Without a token, or a head to choose from, the
+            loss is 0.
+
+    Raises:
+        ValueError: ``real`` that is not of these tokens.
 
     Source: arXiv 2410.11842, equation 9; the factor h_r as in the authors' code.
 
@@ -186,6 +190,10 @@ def load_balance_loss(
     tensor(2.)
     """
     routed = probabilities.shape[-1]
+    if real is not None and real.numel() != probabilities.shape[:-1].numel():
+        raise ValueError(f"real must say of tokens {tuple(probabilities.shape[:-1])}, got shape {tuple(real.shape)}")
+    if routed == 0:
+        return probabilities.sum()
     weights = probabilities.new_ones(probabilities.shape[:-1]) if real is None else real.to(probabilities.dtype)
     weights = (weights / weights.sum().clamp(min=1)).reshape(-1, 1)
     means = (weights * probabilities.reshape(-1, routed)).sum(0), (weights * chosen.reshape(-1, routed)).sum(0)

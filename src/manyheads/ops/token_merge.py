@@ -97,7 +97,8 @@ def match_tokens(
     others = torch.ones(rows * columns, dtype=torch.bool, device=device)
     others[destinations] = False
     sources = others.nonzero().flatten()
-    direction = tokens / tokens.norm(dim=-1, keepdim=True)
+    # A token of zeros resembles nothing; all others are divided by exactly their length.
+    direction = tokens / tokens.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(tokens.dtype).tiny)
     similarity, best = (direction[:, sources] @ direction[:, destinations].transpose(1, 2)).max(dim=-1)
     # Stable, so that equal similarities keep the order of the map on every machine.
     order = similarity.argsort(dim=-1, descending=True, stable=True)

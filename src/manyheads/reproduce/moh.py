@@ -239,6 +239,7 @@ CLAIMS = (
         statement="84.9 % top-1 on ImageNet with 75 % of the heads (MoH-ViT-B), FID 2.94 with 90 % (MoH-DiT-XL/2).",
         rule="Here only the sizes can be counted: refuted when one is more than 0.5 million off, else inconclusive.",
         run=published_sizes,
-        full_scale="manyheads evaluate moh_transnext_base_75 --data imagenet --checkpoint Chat-UniVi/MoH-ViT-B-75",
+        full_scale="manyheads evaluate moh_transnext_base_75 --data imagenet --checkpoint Chat-UniVi/MoH-ViT-B-75; "
+        "manyheads train moh_dit_xl_2_90 --data imagenet --image-size 256 --dtype bfloat16",
     ),
 )

@@ -15,7 +15,7 @@ def run(config: dict, state: dict[str, np.ndarray], inputs: dict[str, np.ndarray
     """A model (``image``), a diffusion block (``context``), a layer (it has weights) or the operator."""
     weights, given = tensors(state), tensors(inputs)
     if "image" in given:
-        return arrays(run_model(build(config, "agent"), weights, given))
+        return arrays(run_model(build(config, "agent", weights), weights, given))
     if "agent_ratio" in config:
         from tests.goldens.systems.agent_diffusion import run_block
 
@@ -24,14 +24,14 @@ def run(config: dict, state: dict[str, np.ndarray], inputs: dict[str, np.ndarray
 
 
 def _operator(config: dict, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    names = {"a": ("a", "agent", "agents"), "b1": ("b1", "agent_bias", "bias1"), "b2": ("b2", "query_bias", "bias2")}
-    found = {ours: next((name for name in known if name in given), None) for ours, known in names.items()}
+    found = _names(given)
     mask = given.get("key_mask", given.get("mask"))
     mask = None if mask is None else mask.bool()
-    scale, second = scale_of(config), config.get("query_scale", config.get("scale2"))
-    second = float(second) if isinstance(second, (int, float)) else None
+    width = given["q"].shape[-1]
+    scale = scale_of(config, "scale", "scale1", "s1", "agent_scale", head_dim=width)
+    second = scale_of(config, "query_scale", "scale2", "s2", head_dim=width)
     if "k_scale2" in config:
-        second = given["q"].shape[-1] ** (-0.5 * config["k_scale2"])
+        second = width ** (-0.5 * config["k_scale2"])
     shortcut = config.get("shortcut", config.get("c", config.get("k_shortcut", 0.0))) or 0.0
     wanted = {name: given[name] for name in ("q", "k", "v", *(n for n in found.values() if n))}
 
@@ -54,6 +54,18 @@ def _operator(config: dict, given: dict[str, Tensor]) -> dict[str, Tensor]:
     if "grad_out" in given:
         outputs |= {f"d{name}": gradient for name, gradient in gradients(attend, wanted, given["grad_out"]).items()}
     return outputs
+
+
+def _names(given: dict[str, Tensor]) -> dict[str, str | None]:
+    """What the case calls agents and biases: by the usual names, biases else by their shape."""
+    names = {"a": ("a", "A", "agent", "agents", "agent_tokens"), "b1": ("b1", "agent_bias", "bias1", "position_bias")}
+    names["b2"] = ("b2", "query_bias", "bias2")
+    found = {ours: next((name for name in known if name in given), None) for ours, known in names.items()}
+    agents, queries, keys = given[found["a"] or "a"].shape[2], given["q"].shape[2], given["k"].shape[2]
+    rest = [name for name in given if name not in ("q", "k", "v", "grad_out", *found.values()) and "mask" not in name]
+    for ours, shape in (("b1", (agents, keys)), ("b2", (queries, agents))):
+        found[ours] = found[ours] or next((name for name in rest if tuple(given[name].shape[-2:]) == shape), None)
+    return found
 
 
 def _layer(config: dict, weights: dict[str, Tensor], given: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ def run(config: dict, state: dict[str, np.ndarray], inputs: dict[str, np.ndarray
     """A model (``model``), a layer (it has weights) or the operator."""
     weights, given = tensors(state), tensors(inputs)
     if "image" in given:
-        return arrays(run_model(build(config, "inline"), weights, given))
+        return arrays(run_model(build(config, "inline", weights), weights, given))
     return arrays(_layer(config, weights, given) if weights else _operator(config, given))
 
 
@@ -23,7 +23,7 @@ def _operator(config: dict, given: dict[str, Tensor]) -> dict[str, Tensor]:
     mask = given.get("key_mask", given.get("mask"))
     options = {
         "kernel": config.get("kernel", "identity"),
-        "scale": scale_of(config),
+        "scale": scale_of(config, head_dim=given["q"].shape[-1]),
         "causal": bool(config.get("causal", False)),
         "key_mask": None if mask is None else mask.bool(),
     }

@@ -26,3 +26,13 @@ def check_image(image: Tensor, in_chans: int) -> None:
     """Raise ValueError unless ``image`` is (batch, in_chans, height, width) with at least one pixel."""
     if image.ndim != 4 or image.shape[1] != in_chans or not image.shape[2] * image.shape[3]:
         raise ValueError(f"image must be (batch, {in_chans}, height, width), got {tuple(image.shape)}")
+
+
+def image_sides(img_size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of images whose size is one side or both.
+
+    >>> image_sides(224), image_sides([192, 256])
+    ((224, 224), (192, 256))
+    """
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    return height, width

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, to_2tuple, trunc_normal_
+from timm.layers import DropPath, Mlp, trunc_normal_
 from timm.models import checkpoint as recompute
 from torch import Tensor, nn
 
@@ -26,6 +26,7 @@ from manyheads.layers.spectral import FullAttention, SpectralGating
 from manyheads.models.checkpoints import State, rename
 from manyheads.models.registry import register
 from manyheads.models.vision.backbone import Backbone
+from manyheads.models.vision.features import image_sides
 from manyheads.ops.spectral import resize_filter
 
 ORDERS = ("spectral_first", "attention_first")
@@ -146,7 +147,7 @@ class SpectFormer(Backbone):
         check_choice("order", order, ORDERS)
         if not 0 <= alpha <= depth:
             raise ValueError(f"alpha={alpha} spectral blocks must be between 0 and depth={depth}")
-        self.grid = _grid(to_2tuple(img_size), patch_size)
+        self.grid = _grid(image_sides(img_size), patch_size)
         self.in_chans, self.num_classes, self.drop_rate = in_chans, num_classes, drop_rate
         self.patch_size, self.resize = patch_size, resize
         self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)

@@ -18,47 +18,94 @@ from torch import Tensor, nn
 
 from manyheads.layers.tap import Grid, PooledNorm
 
+# A norm and the attention behind it: timm and ours (DINOv2 in transformers), ViT, CLIP and SigLIP there, torchvision.
+_BLOCKS = (
+    ("norm1", "attn"),
+    ("norm1", "attention"),
+    ("layernorm_before", "attention"),
+    ("layer_norm1", "self_attn"),
+    ("ln_1", "self_attention"),
+)
+_PREFIXES = ("cls_token", "class_token", "class_embedding", "distillation_token", "dist_token", "register_tokens")
+# Blocks that norm what attention gave, under the same names: of timm, torchvision and transformers.
+_POST_NORM = {
+    "SwinTransformerV2Block", "SwinTransformerV2CrBlock", "ResPostBlock", "ResPostRelPosBlock",
+    "SwinTransformerBlockV2", "Swinv2Layer",
+}  # fmt: skip
+
 
 def add_token_pooling(
-    model: nn.Module, *, grid: Grid | None = None, num_scales: int = 4, temperature: int | float = 1.0
+    model: nn.Module,
+    *,
+    grid: Grid | None = None,
+    prefix: int | None = None,
+    num_scales: int = 4,
+    temperature: int | float = 1.0,
 ) -> nn.Module:
     """Put token-aware pooling in front of the attention of every block of a transformer, in place.
 
-    A block is a module with children ``norm1`` and ``attn``, as in timm's vision transformers (ViT, DeiT, BEiT, EVA,
-    Swin, PVT, ...). Its width is that of ``norm1``. The pools start at random and want training.
+    A block is a module with a norm in front of its attention: ``norm1`` and ``attn`` in timm's vision transformers
+    (ViT, DeiT, BEiT, EVA, Swin, PVT, CaiT, ...) and ours, under their names in torchvision and in transformers (ViT,
+    DINOv2, CLIP and SigLIP towers). Its width is that of the norm. The pools start at random and want training.
 
     Args:
         model: changed in place.
         grid: rows and columns of the token map where it is no square; None asks ``model.patch_embed.grid_size``.
+        prefix: class and register tokens in front of the patches; None asks ``model.num_prefix_tokens``, or counts
+            what the model has.
         num_scales, temperature: of ``manyheads.layers.tap.TokenAwarePooling``.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: no such block, or blocks that have token-aware pooling already.
+        ValueError: no such block, blocks whose norm stands behind the attention (Swin v2), or blocks that have
+            token-aware pooling already.
 
     >>> import timm, torch
     >>> vit = add_token_pooling(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=10))
     >>> vit(torch.randn(2, 3, 32, 32)).shape
     torch.Size([2, 10])
     """
-    blocks: list[Any] = [block for block in model.modules() if hasattr(block, "norm1") and hasattr(block, "attn")]
-    if not blocks:
-        raise ValueError(f"{type(model).__name__} has no block with norm1 and attn, in front of which TAP could stand")
-    if any(isinstance(b.norm1, PooledNorm) or hasattr(b, "dilation_predictor") for b in blocks):
+    found = [(block, name) for block in model.modules() if (name := _norm_of(block)) is not None]
+    if not found:
+        tried = ", ".join(f"{norm} and {attention}" for norm, attention in _BLOCKS)
+        raise ValueError(f"{type(model).__name__} has no block in front of which TAP could stand; tried {tried}")
+    if any(isinstance(getattr(b, name), PooledNorm) or hasattr(b, "dilation_predictor") for b, name in found):
         raise ValueError(f"{type(model).__name__} has token-aware pooling already")
+    behind = sorted({type(block).__name__ for block, _ in found} & _POST_NORM)
+    if behind:
+        raise ValueError(f"the norm of {', '.join(behind)} stands behind the attention: TAP has to stand before it")
     if grid is None:
         known: Any = getattr(getattr(model, "patch_embed", None), "grid_size", None)
         grid = (known[0], known[1]) if known is not None else None
-    prefix: Any = getattr(model, "num_prefix_tokens", 0)
-    for block in blocks:
-        weight = block.norm1.weight
+    if prefix is None:
+        prefix = _prefix_of(model)
+    for block, name in found:
+        norm: Any = getattr(block, name)
+        weight = norm.weight
         pooled = PooledNorm(
-            block.norm1, weight.shape[0], grid=grid, prefix=prefix, num_scales=num_scales, temperature=temperature
+            norm, weight.shape[0], grid=grid, prefix=prefix, num_scales=num_scales, temperature=temperature
         )
-        block.norm1 = pooled.to(weight.device, weight.dtype).train(block.training)
+        setattr(block, name, pooled.to(weight.device, weight.dtype).train(block.training))
     return model
+
+
+def _norm_of(block: nn.Module) -> str | None:
+    return next((norm for norm, attention in _BLOCKS if hasattr(block, norm) and hasattr(block, attention)), None)
+
+
+def _prefix_of(model: nn.Module) -> int:
+    """How many tokens the model puts in front of the patches: what it says, else its class and register tokens."""
+    known: Any = getattr(model, "num_prefix_tokens", None)
+    if known is not None:
+        return int(known)
+    counts = {}
+    for name, parameter in model.named_parameters():
+        last = name.rsplit(".", 1)[-1]
+        if last in _PREFIXES:
+            counts[last] = parameter.shape[1] if parameter.ndim == 3 else 1
+    return sum(counts.values())
 
 
 @contextmanager

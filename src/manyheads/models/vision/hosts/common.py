@@ -249,6 +249,11 @@ def check_stages(**named: Sequence) -> None:
         raise ValueError(f"{listed} differ in length")
 
 
+def agents_of(mixer: str, agent_num: Sequence[int], depths: Sequence[int]) -> Sequence[int]:
+    """The agents of each stage; InLine attention has none, so that any number of stages needs no option for them."""
+    return agent_num if mixer == "agent" else (1,) * len(depths)
+
+
 def pair(size: int | Sequence[int]) -> Grid:
     """One number for both sides, or both."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
@@ -262,6 +267,17 @@ def checkpoint_filter_fn(state: State, model: nn.Module) -> State:
     if getattr(model, "num_classes", 1) == 0:
         state = {name: value for name, value in state.items() if not name.startswith("head.")}
     return resize_state(state, model)
+
+
+def dense_filter_fn(state: State, model: HostDense) -> State:
+    """The backbone of the authors' detectors and segmenters, with or without its prefix: all but ``norm0``, ... is the
+    trunk's; what belongs to the detector is left out.
+    """
+    inner = {name.removeprefix("backbone."): value for name, value in state.items() if name.startswith("backbone.")}
+    norms = {name: value for name, value in (inner or state).items() if re.match(r"norm\d+\.", name)}
+    trunk = {name: value for name, value in (inner or state).items() if name not in norms}
+    trunk = {name: value for name, value in trunk.items() if not name.startswith(("norm.", "head."))}
+    return norms | {f"trunk.{name}": value for name, value in checkpoint_filter_fn(trunk, model.trunk).items()}
 
 
 def resize_state(state: State, model: nn.Module, grids: dict[str, Grid] | None = None) -> State:

@@ -22,7 +22,16 @@ from manyheads.engines.common import accumulation_dtype
 from manyheads.layers.agent import AgentStripeAttention
 from manyheads.layers.cross_shaped import StripeAttention
 from manyheads.layers.inline import InLineStripeAttention
-from manyheads.models.vision.hosts.common import Grid, Host, check_stages, keep_options, mixed_blocks, pair, path_rates
+from manyheads.models.vision.hosts.common import (
+    Grid,
+    Host,
+    agents_of,
+    check_stages,
+    keep_options,
+    mixed_blocks,
+    pair,
+    path_rates,
+)
 
 
 class CrossBlock(nn.Module):
@@ -129,6 +138,7 @@ class HostCSwin(Host):
     ) -> None:
         options = keep_options(locals())
         super().__init__()
+        agent_num = agents_of(mixer, agent_num, depths)
         check_stages(depths=depths, num_heads=num_heads, split_size=split_size, agent_num=agent_num,
                      mixer_split_size=mixer_split_size or depths)  # fmt: skip
         mixed, rates = mixed_blocks(attn_type, mixer, depths), path_rates(drop_path_rate, sum(depths))

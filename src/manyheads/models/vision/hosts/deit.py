@@ -80,7 +80,7 @@ class HostDeiT(Host):
     torch.Size([2, 10])
     """
 
-    class_token = True
+    class_token, num_prefix_tokens = True, 1
     stem_pattern, block_pattern = r"^cls_token|^pos_embed|^patch_embed", r"^blocks\.(\d+)"
 
     def __init__(

@@ -20,6 +20,7 @@ from manyheads.models.vision.hosts.common import (
     Block,
     Grid,
     Host,
+    agents_of,
     check_stages,
     keep_options,
     mixed_blocks,
@@ -80,7 +81,7 @@ class HostPVT(Host):
 
     >>> import torch
     >>> model = HostPVT("inline", 64, embed_dims=(16, 32), num_heads=(1, 2), mlp_ratios=(2, 2), depths=(1, 1),
-    ...                 attn_type="IS", sr_ratios=(8, 4), mixer_sr_ratios=(1, 1), agent_num=(9, 9), num_classes=10)
+    ...                 attn_type="IS", sr_ratios=(8, 4), mixer_sr_ratios=(1, 1), num_classes=10)
     >>> model(torch.randn(2, 3, 64, 96)).shape
     torch.Size([2, 10])
     """
@@ -112,6 +113,7 @@ class HostPVT(Host):
     ) -> None:
         options = keep_options(locals())
         super().__init__()
+        agent_num = agents_of(mixer, agent_num, depths)
         check_stages(embed_dims=embed_dims, num_heads=num_heads, mlp_ratios=mlp_ratios, depths=depths,
                      sr_ratios=sr_ratios, mixer_sr_ratios=mixer_sr_ratios, agent_num=agent_num)  # fmt: skip
         mixed = mixed_blocks(attn_type, mixer, depths)

@@ -21,6 +21,7 @@ from manyheads.models.vision.hosts.common import (
     Block,
     Grid,
     Host,
+    agents_of,
     check_stages,
     keep_options,
     mixed_blocks,
@@ -117,7 +118,7 @@ class HostSwin(Host):
 
     >>> import torch
     >>> model = HostSwin("inline", 64, embed_dim=16, depths=(2, 2), num_heads=(1, 2), window_size=16, attn_type="IS",
-    ...                  agent_num=(9, 9), num_classes=10)
+    ...                  num_classes=10)
     >>> model(torch.randn(2, 3, 64, 64)).shape
     torch.Size([2, 10])
     """
@@ -148,6 +149,7 @@ class HostSwin(Host):
     ) -> None:
         options = keep_options(locals())
         super().__init__()
+        agent_num = agents_of(mixer, agent_num, depths)
         check_stages(depths=depths, num_heads=num_heads, agent_num=agent_num)
         mixed = mixed_blocks(attn_type, mixer, depths)
         drops = {"attn_drop": float(attn_drop_rate), "proj_drop": float(drop_rate)}
