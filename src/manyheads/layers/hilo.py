@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from manyheads.engines.common import accumulation_dtype
 from manyheads.ops.hilo import hilo_attention, low_head_count
-from manyheads.ops.window import window_attention
+from manyheads.ops.window import window_attention, window_means
 
 
 class HiLoAttention(nn.Module):
@@ -112,11 +112,7 @@ class HiLoAttention(nn.Module):
 
     def low(self, x: Tensor) -> Tensor:
         """The projected output of the low-frequency heads, (batch, X, Y, low channels), of a map that fits."""
-        side = self.window
-        pooled = x
-        if side > 1:
-            tiles = rearrange(x, "b (r p) (c q) d -> b r p c q d", p=side, q=side)
-            pooled = tiles.mean(dim=(2, 4), dtype=accumulation_dtype(x.dtype)).to(x.dtype)
+        pooled = x if self.window == 1 else window_means(x, self.window)
         query = rearrange(self.l_q(x), "b x y (h d) -> b h x y d", h=self.low_heads)
         key, value = rearrange(self.l_kv(pooled), "b x y (slot h d) -> slot b h x y d", slot=2, h=self.low_heads)
         options = {"low_heads": self.low_heads, "scale": self.scale, "backend": self.backend}

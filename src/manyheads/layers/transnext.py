@@ -23,6 +23,7 @@ from manyheads.layers.kept import kept
 from manyheads.layers.mixture_of_heads import HeadRouter
 from manyheads.ops.aggregated import aggregated_attention, cosine_query_and_key, length_scaled_cosine_attention
 from manyheads.ops.mixture_of_heads import mixture_of_heads_attention
+from manyheads.ops.window import window_means
 
 Grid = tuple[int, int]
 BIASES = ("extrapolate", "interpolate")
@@ -303,7 +304,7 @@ def _adaptive_means(x: Tensor, pooled: Grid) -> Tensor:
     """Adaptive average pooling of a channels-last map."""
     if x.shape[1] % pooled[0] or x.shape[2] % pooled[1]:
         return F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), pooled).permute(0, 2, 3, 1)
-    return x.unflatten(2, (pooled[1], -1)).unflatten(1, (pooled[0], -1)).mean((2, 4))
+    return window_means(x, (x.shape[1] // pooled[0], x.shape[2] // pooled[1]))
 
 
 def _pair(size: int | Grid) -> Grid:

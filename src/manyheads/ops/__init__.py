@@ -24,7 +24,7 @@ from manyheads.ops.sparse_connectivity import PairRule, pair_index, pair_mask, p
 from manyheads.ops.spectral import resize_filter, spectral_gating
 from manyheads.ops.streaming import streaming_attention
 from manyheads.ops.token_merge import TokenMatching, match_tokens
-from manyheads.ops.window import window_attention, window_merge, window_partition
+from manyheads.ops.window import window_attention, window_means, window_merge, window_partition
 
 __all__ = [
     "GateWeights",
@@ -71,6 +71,7 @@ __all__ = [
     "streaming_attention",
     "token_mixing_gate",
     "window_attention",
+    "window_means",
     "window_merge",
     "window_partition",
 ]

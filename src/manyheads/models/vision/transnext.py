@@ -155,7 +155,7 @@ class TransNeXt(Backbone):
         if len({len(option) for option in per_stage.values()}) > 1:
             raise ValueError(f"options differ in length: {per_stage}")
         pretrain_size = img_size if pretrain_size is None else pretrain_size
-        pretraining, image = image_sides(pretrain_size)(img_size)
+        pretraining, image = image_sides(pretrain_size), image_sides(img_size)
         if min(*pretraining, *image) < 64:
             raise ValueError(
                 f"pretrain_size={pretrain_size} and img_size={img_size} must be at least 64 pixels: distances are "
