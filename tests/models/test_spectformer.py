@@ -312,7 +312,7 @@ def test_ground_truth_is_mixed_in_more_where_the_annotator_agrees() -> None:
     [
         (lambda: _small("spectformer_vanilla_xs", num_heads=5), "dim=24 is not a multiple of heads=5"),
         (lambda: _small("spectformer_vanilla_xs", alpha=4), "alpha=4 spectral blocks must be between 0 and depth=3"),
-        (lambda: _small("spectformer_vanilla_xs", img_size=30), "each side must be a multiple of patch_size=4"),
+        (lambda: _small("spectformer_vanilla_xs", img_size=30), "img_size=30 must be a multiple of patch_size=4"),
         (lambda: _small("spectformer_vanilla_xs", order="mixed"), "order='mixed'"),
         (lambda: _small("spectformer_s", depths=(1,)), "differ in length"),
         (lambda: _small("spectformer_s", mixers=("spectral", "wavelet")), "mixers='wavelet'"),

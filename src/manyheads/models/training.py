@@ -158,6 +158,7 @@ def train_vision(
     network = create_model(model, checkpoint=checkpoint, **options)
     size = image_size or suitable_size(network, images.image_size)
     fit_to_size(network, size)
+    images.read_channels(getattr(network, "in_chans", 3))
     loss = objective(network) if objective is not None else None
     train.seed = seed
     train.transform, images.test.transform = (
@@ -287,7 +288,7 @@ def train_transform(model: nn.Module, size: int, recipe: Recipe) -> Callable:
 
     A recipe with ``crop_padding`` has a shifted crop and a flip instead, which timm does not offer.
     """
-    config = getattr(model, "pretrained_cfg", {})
+    statistics = _statistics(model)
     if recipe.crop_padding:
         return transforms.Compose(
             [
@@ -295,9 +296,7 @@ def train_transform(model: nn.Module, size: int, recipe: Recipe) -> Callable:
                 transforms.RandomCrop(size, recipe.crop_padding),
                 transforms.RandomHorizontalFlip(recipe.hflip),
                 transforms.ToTensor(),
-                transforms.Normalize(
-                    config.get("mean", IMAGENET_DEFAULT_MEAN), config.get("std", IMAGENET_DEFAULT_STD)
-                ),
+                transforms.Normalize(**statistics),
             ]
         )
     return create_transform(  # pyright: ignore[reportReturnType]
@@ -310,7 +309,7 @@ def train_transform(model: nn.Module, size: int, recipe: Recipe) -> Callable:
         interpolation="bicubic",
         re_prob=recipe.random_erasing,
         re_mode="pixel",
-        **_statistics(config),
+        **statistics,
     )
 
 
@@ -319,7 +318,7 @@ def test_transform(model: nn.Module, size: int, recipe: Recipe) -> Callable:
     config = getattr(model, "pretrained_cfg", {})
     return create_transform(  # pyright: ignore[reportReturnType]
         (3, size, size), interpolation="bicubic", crop_pct=recipe.crop_pct,
-        crop_mode=config.get("crop_mode") or "center", **_statistics(config),
+        crop_mode=config.get("crop_mode") or "center", **_statistics(model),
     )  # fmt: skip
 
 
@@ -486,8 +485,13 @@ def _model_size(model: nn.Module) -> int:
     return int(getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[-1])
 
 
-def _statistics(config: dict[str, Any]) -> dict[str, Any]:
-    return {name: config[name] for name in ("mean", "std") if name in config}
+def _statistics(model: nn.Module) -> dict[str, Any]:
+    """Mean and deviation of the channels; a grey image has the average of the colours'."""
+    config, usual = getattr(model, "pretrained_cfg", {}), {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+    found = {name: tuple(config.get(name, default)) for name, default in usual.items()}
+    if getattr(model, "in_chans", 3) == 1:
+        found = {name: (sum(values) / len(values),) for name, values in found.items()}
+    return found
 
 
 def _plain(value: Any) -> Any:

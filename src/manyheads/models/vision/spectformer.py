@@ -26,7 +26,7 @@ from manyheads.layers.spectral import FullAttention, SpectralGating
 from manyheads.models.checkpoints import State, rename
 from manyheads.models.registry import register
 from manyheads.models.vision.backbone import Backbone
-from manyheads.models.vision.features import image_sides
+from manyheads.models.vision.features import patch_grid
 from manyheads.ops.spectral import resize_filter
 
 ORDERS = ("spectral_first", "attention_first")
@@ -147,7 +147,7 @@ class SpectFormer(Backbone):
         check_choice("order", order, ORDERS)
         if not 0 <= alpha <= depth:
             raise ValueError(f"alpha={alpha} spectral blocks must be between 0 and depth={depth}")
-        self.grid = _grid(image_sides(img_size), patch_size)
+        self.grid = patch_grid(img_size, patch_size)
         self.in_chans, self.num_classes, self.drop_rate = in_chans, num_classes, drop_rate
         self.patch_size, self.resize = patch_size, resize
         self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
@@ -181,7 +181,7 @@ class SpectFormer(Backbone):
         Raises:
             ValueError: sides that patches do not divide.
         """
-        grid = _grid(img_size, self.patch_size)
+        grid = patch_grid(img_size, self.patch_size)
         with torch.no_grad():
             self.pos_embed = nn.Parameter(resize_positions(self.pos_embed, self.grid, grid).clone())
         self.grid = grid
@@ -211,12 +211,6 @@ class SpectFormer(Backbone):
         """Mean over positions, then classify; ``pre_logits`` stops before the classifier."""
         pooled = F.dropout(self.pre_logits(x.mean((1, 2))), self.drop_rate, self.training)
         return pooled if pre_logits else self.head(pooled)
-
-
-def _grid(img_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
-    if patch_size < 1 or min(img_size) < patch_size or any(side % patch_size for side in img_size):
-        raise ValueError(f"img_size={tuple(img_size)}: each side must be a multiple of patch_size={patch_size}")
-    return img_size[0] // patch_size, img_size[1] // patch_size
 
 
 def resize_positions(embedding: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
