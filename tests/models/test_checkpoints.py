@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+import types
 from pathlib import Path
 
 import huggingface_hub
@@ -41,6 +43,25 @@ def test_wrappers_data_parallel_prefixes_and_arguments_are_peeled_off(tmp_path: 
     state = {f"module.{name}": value for name, value in model.state_dict().items()}
     torch.save({"epoch": 3, "args": argparse.Namespace(lr=0.1), wrapper: state}, tmp_path / "last.pth")
     assert _same(_model(checkpoint=tmp_path / "last.pth"), model)
+
+
+def test_settings_of_swins_program_are_read_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # LITv2's files hold such a dict beside the weights; its package need not be installed to read them.
+    module = types.ModuleType("yacs.config")
+
+    class CfgNode(dict):
+        def __init__(self, content: dict) -> None:
+            super().__init__(content)
+            self.__dict__.update({"__immutable__": True, "__deprecated_keys__": set()})
+
+    CfgNode.__module__, CfgNode.__qualname__, module.CfgNode = "yacs.config", "CfgNode", CfgNode
+    monkeypatch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
+    monkeypatch.setitem(sys.modules, "yacs.config", module)
+    model = _model()
+    settings = CfgNode({"TRAIN": CfgNode({"EPOCHS": 300})})
+    torch.save({"model": model.state_dict(), "config": settings}, tmp_path / "litv2_s.pth")
+    monkeypatch.delitem(sys.modules, "yacs.config")
+    assert _same(_model(checkpoint=tmp_path / "litv2_s.pth"), model)
 
 
 def test_a_pickle_with_code_is_refused_and_nothing_runs(tmp_path: Path) -> None:

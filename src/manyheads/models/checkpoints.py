@@ -12,6 +12,7 @@ import pickle
 import re
 import tempfile
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ Convert = Callable[[State, nn.Module], State]
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar")  # the last one for .pth.tar
 WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "model_ema")
+# The dicts of settings that Swin's program and its descendants (LITv2) store: read as plain ones, then dropped.
+_SETTINGS = [(OrderedDict, "yacs.config.CfgNode"), (OrderedDict, "fvcore.common.config.CfgNode")]
 _HUB_ID = re.compile(r"(?:hf-hub:)?([\w.-]+/[\w.-]+)")
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth", "open_clip_pytorch_model.bin")
 _SHOWN = 12
@@ -85,7 +88,7 @@ def read_state(source: str | Path) -> State:
             content: Any = safetensors.torch.load_file(path)
         else:
             # Training scripts store their parsed arguments beside the weights: plain data, safe to rebuild.
-            with torch.serialization.safe_globals([argparse.Namespace]):
+            with torch.serialization.safe_globals([argparse.Namespace, *_SETTINGS]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]

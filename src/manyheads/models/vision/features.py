@@ -28,6 +28,16 @@ def check_image(image: Tensor, in_chans: int) -> None:
         raise ValueError(f"image must be (batch, {in_chans}, height, width), got {tuple(image.shape)}")
 
 
+def image_sides(img_size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of images whose size is one side or both.
+
+    >>> image_sides(224), image_sides([192, 256])
+    ((224, 224), (192, 256))
+    """
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    return height, width
+
+
 def patch_grid(img_size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
     """Rows and columns of the patches of an image with ``img_size`` pixels a side, or (height, width) of them.
 
