@@ -64,7 +64,7 @@ class Recipe:
     color_jitter: float = 0.4
     crop_scale: float = 0.08
     crop_padding: int = 0
-    affine: tuple[float, ...] = ()
+    affine: tuple[int | float, ...] = ()
     intensity: tuple[float, float] = (0.0, 0.0)
     hflip: float = 0.5
     crop_pct: float = 0.875
@@ -281,7 +281,8 @@ def recipe_for(model: str, *, small_images: bool = False) -> Recipe:
     if not small_images:
         return recipe
     return dataclasses.replace(
-        recipe, optimizer="adamw", epochs=20, warmup_epochs=1, cooldown_epochs=0, repeats=1, balanced=False, ema=0.0,
-        lr=8e-3, linear_scaling=True, min_lr=1e-4, warmup_lr=1e-4, drop_path=0.0, hflip=0.0, crop_scale=0.7, crop_padding=0, affine=(),
-        auto_augment="rand-m3-n1-mstd0.5-inc1", mixup=0.1, cutmix=0.0, random_erasing=0.0, crop_pct=1.0,
+        recipe, optimizer="adamw", epochs=20, warmup_epochs=1, cooldown_epochs=0, lr=8e-3, linear_scaling=True,
+        min_lr=1e-4, warmup_lr=1e-4, repeats=1, balanced=False, ema=0.0, drop_path=0.0, hflip=0.0, crop_scale=0.7,
+        crop_padding=0, affine=(), auto_augment="rand-m3-n1-mstd0.5-inc1", mixup=0.1, cutmix=0.0, random_erasing=0.0,
+        crop_pct=1.0,
     )  # fmt: skip
