@@ -35,7 +35,7 @@ from manyheads.models.recipes import Recipe, recipe_for
 from manyheads.models.registry import check_classifies, create_model
 from manyheads.models.repeated_augmentation import RepeatedAugmentation
 from manyheads.models.schedule import cosine_schedule
-from manyheads.models.vision.token_robustness import attention_maps
+from manyheads.models.vision.token_robustness import attention_inputs
 from manyheads.models.weight_averaging import AVERAGED, AveragedWeights
 from manyheads.objectives.diversification import attention_diversification_loss
 
@@ -348,13 +348,13 @@ class _Classifier(nn.Module):
             return {"loss": loss, "logits": outputs[-1]}
         diverse = self.training and self.recipe.diversification > 0
         with (
-            attention_maps(self.network) if diverse else nullcontext([]) as maps,
+            attention_inputs(self.network) if diverse else nullcontext([]) as attention,
             collect_routing(self.network) as routing,
         ):
             logits = self.network(pixel_values)
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
         if diverse:
-            loss = loss + self.recipe.diversification * attention_diversification_loss(maps)
+            loss = loss + self.recipe.diversification * attention_diversification_loss(attention)
         if self.training and routing:
             loss = loss + self.recipe.head_balance * routing.balance_loss()
         return {"loss": loss, "logits": logits}

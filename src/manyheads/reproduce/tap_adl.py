@@ -12,7 +12,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from manyheads.data.corruptions import SEVERITIES, corrupt
 from manyheads.models import create_model
-from manyheads.models.vision.token_robustness import add_token_pooling, attention_maps
+from manyheads.models.vision.token_robustness import add_token_pooling, attention_inputs, attention_maps
 from manyheads.objectives.diversification import attention_diversification_loss, overfocus
 from manyheads.reproduce.claims import Claim, Finding, Verdict
 from manyheads.reproduce.digits import accuracy, margin_of, train_on_digits
@@ -111,9 +111,9 @@ def _train(seed: int, *, pooled: bool, diverse: bool) -> tuple[nn.Module, Tensor
 
 
 def _diverse(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    with attention_maps(model) as maps:
+    with attention_inputs(model) as attention:
         logits = model(images)
-    return F.cross_entropy(logits, labels) + attention_diversification_loss(maps)
+    return F.cross_entropy(logits, labels) + attention_diversification_loss(attention)
 
 
 def _spoil(images: Tensor, kind: str, strength: int) -> Tensor:
