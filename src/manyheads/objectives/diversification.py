@@ -22,7 +22,7 @@ Source: "Robustifying Token Attention for Vision Transformers", arXiv 2303.11126
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -161,17 +161,14 @@ class _Diversification(torch.autograd.Function):
         averages, pulls, totals = [], [], []
         with torch.autocast(query.device.type, enabled=False):
             for images, blocks in _tiles(query):
-
-                def mean(rows: slice, images: slice = images) -> Tensor:
-                    return _weights(query[images, :, rows], key[images], scale).mean(1)
-
+                group = (query[images], key[images], scale, blocks)
                 # What fits into one tile is not computed twice.
-                whole = [mean(blocks[0])] if len(blocks) == 1 else None
-                average = torch.stack([part.sum(1) for part in whole or map(mean, blocks)]).sum(0)[:, None] / n
+                whole = list(_means(*group)) if len(blocks) == 1 else None
+                average = torch.stack([part.sum(1) for part in whole or _means(*group)]).sum(0)[:, None] / n
                 average = average * (average > least)
                 direction, norm = _unit(average)
                 sums, cosines = [], []
-                for part in whole or map(mean, blocks):
+                for part in whole or _means(*group):
                     rows, _ = _unit(part * (part > least))
                     sums.append(rows.sum(1, keepdim=True))
                     cosines.append((rows @ direction.mT).sum(1, keepdim=True))
@@ -216,6 +213,12 @@ def _tiles(query: Tensor) -> list[tuple[slice, list[slice]]]:
     images, rows = max(1, size // (heads * n * n)), min(n, max(1, size // (heads * n)))
     blocks = [slice(start, start + rows) for start in range(0, n, rows)]
     return [(slice(start, start + images), blocks) for start in range(0, batch, images)]
+
+
+def _means(query: Tensor, key: Tensor, scale: float, blocks: list[slice]) -> Iterator[Tensor]:
+    """The mean over heads of the attention weights, block by block of queries."""
+    for rows in blocks:
+        yield _weights(query[:, :, rows], key, scale).mean(1)
 
 
 def _weights(query: Tensor, key: Tensor, scale: float) -> Tensor:
