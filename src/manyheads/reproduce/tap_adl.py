@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from statistics import mean
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
@@ -18,21 +19,28 @@ from manyheads.reproduce.claims import Claim, Finding, Verdict
 from manyheads.reproduce.digits import accuracy, margin_of, train_on_digits
 
 CORRUPTIONS = ("gaussian_noise", "gaussian_blur", "contrast")
-EPOCHS, PEAK = 12, 4e-3
+# Two minutes hold the twelve trainings of four kinds for 4 epochs: small batches make enough steps of them.
+BATCH, PEAK = 32, 4e-3
+KINDS = {"plain": (False, False), "TAP": (True, False), "ADL": (False, True), "both": (True, True)}
+SPOILED = 128
 
 
 def robust_to_corruption(seed: int) -> Finding:
-    """Train small transformers on clean digits, plain and with both TAP and ADL, and test them on corrupted ones."""
-    kinds = {"plain": False, "both": True}
-    clean: dict[str, list[float]] = {name: [] for name in kinds}
-    corrupted: dict[str, list[float]] = {name: [] for name in kinds}
+    """Train small transformers on clean digits, plain, with TAP, with ADL and with both; test them on corrupted ones.
+
+    Only plain and both are judged; what TAP and ADL do alone is told beside them.
+    """
+    clean: dict[str, list[float]] = {name: [] for name in KINDS}
+    corrupted: dict[str, list[float]] = {name: [] for name in KINDS}
     for run in range(3):
         spoiled = None
-        for name, changed in kinds.items():
-            model, images, labels = _train(3 * seed + run, pooled=changed, diverse=changed)
-            spoiled = spoiled or [_spoil(images, kind, strength) for kind in CORRUPTIONS for strength in SEVERITIES]
+        for name, (pooled, diverse) in KINDS.items():
+            model, images, labels = _train(3 * seed + run, epochs=4, pooled=pooled, diverse=diverse)
+            spoiled = spoiled or [
+                _spoil(images[:SPOILED], kind, strength) for kind in CORRUPTIONS for strength in SEVERITIES
+            ]
             clean[name].append(accuracy(model, images, labels))
-            corrupted[name].append(mean(accuracy(model, part, labels) for part in spoiled))
+            corrupted[name].append(mean(accuracy(model, part, labels[:SPOILED]) for part in spoiled))
     gain = mean(corrupted["both"]) - mean(corrupted["plain"])
     loss = mean(clean["plain"]) - mean(clean["both"])
     margin, clean_margin = margin_of(corrupted), margin_of(clean)
@@ -55,7 +63,7 @@ def less_overfocusing(seed: int) -> Finding:
     similarity: dict[str, list[float]] = {"plain": [], "ADL": []}
     for run in range(3):
         for name in focus:
-            model, images, _ = _train(3 * seed + run, pooled=False, diverse=name == "ADL")
+            model, images, _ = _train(3 * seed + run, epochs=8, pooled=False, diverse=name == "ADL")
             with torch.no_grad(), attention_maps(model) as maps:
                 model(images)
             focus[name].append(mean(overfocus(weights) for weights in maps))
@@ -100,14 +108,19 @@ def published_sizes(seed: int) -> Finding:
     )
 
 
-def _train(seed: int, *, pooled: bool, diverse: bool) -> tuple[nn.Module, Tensor, Tensor]:
+def _train(seed: int, *, epochs: int, pooled: bool, diverse: bool) -> tuple[nn.Module, Tensor, Tensor]:
     def build() -> nn.Module:
         vit = VisionTransformer(
-            img_size=32, patch_size=4, embed_dim=48, depth=3, num_heads=4, mlp_ratio=2, num_classes=10
+            img_size=32, patch_size=4, embed_dim=48, depth=4, num_heads=4, mlp_ratio=2, num_classes=10
         )
+        attentions: list[Any] = [module for module in vit.modules() if isinstance(module, Attention)]
+        for module in attentions:
+            # For 65 tokens a CPU is faster with maps than with the fused kernel.
+            module.fused_attn = False
         return add_token_pooling(vit) if pooled else vit
 
-    return train_on_digits(build, seed, epochs=EPOCHS, learning_rate=PEAK, loss=_diverse if diverse else None)
+    loss = _diverse if diverse else None
+    return train_on_digits(build, seed, epochs=epochs, batch=BATCH, learning_rate=PEAK, loss=loss)
 
 
 def _diverse(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
@@ -128,9 +141,10 @@ CLAIMS = (
         system="tap_adl",
         name="robust_to_corruption",
         statement="TAP and ADL together lower the error under corruption at equal clean accuracy.",
-        rule="Small transformers trained on clean digits, 3 seeds, tested under noise, blur and low contrast at five "
-        "strengths. Confirmed when the mean corrupted accuracy with both exceeds that with neither by more than a "
-        "margin (twice the standard error of a difference) and the clean one is at most a margin lower; refuted when "
+        rule="Transformers of 4 layers trained on clean digits, plain, with TAP, with ADL and with both, 3 seeds, "
+        "tested under noise, blur and low contrast at five strengths. Confirmed when the mean corrupted accuracy with "
+        "both exceeds that with neither by more than a margin (twice the standard error of a difference) and the "
+        "clean one is at most a margin lower; refuted when "
         "either is more than a margin lower; else inconclusive.",
         run=robust_to_corruption,
         full_scale="manyheads train fan_base_hybrid_tap --data imagenet --batch-size 64",
