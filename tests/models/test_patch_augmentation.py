@@ -169,5 +169,5 @@ def test_only_rvt_trains_on_patches(tmp_path) -> None:
     assert recipe_for("rvt_base_plus_tap").patch_augmentation == 0.1
     assert recipe_for("fan_base_hybrid_tap").patch_augmentation == 0
     assert recipe_for("rvt_tiny_tap", small_images=True).patch_augmentation == 0
-    with pytest.raises(ValueError, match="patch_augmentation=2.0 must be a probability"):
+    with pytest.raises(ValueError, match=r"patch_augmentation=2\.0 must be a probability"):
         _train(tmp_path, dataclasses.replace(RECIPE, patch_augmentation=2.0))
