@@ -108,3 +108,16 @@ def test_a_mixture_of_heads_costs_its_share_of_dense_attention() -> None:
     assert found.state_bytes == dense.state_bytes
     with pytest.raises(ValueError, match=r"shared \+ active = 5 must be at least 1 and at most heads \(4\)"):
         cost("moh", 96, shared=2, active=3, **SIZES)
+
+
+def test_predicted_pairs_are_the_formula() -> None:
+    tokens, heads, width, channels, places, kept, coefficients, density = 197, 6, 64, 32, 32, 50, 8, 0.25
+    predictor = 2 * tokens * width * channels + (2 * tokens - 1) * channels * places
+    predictor += (tokens - 1) * coefficients * density * tokens
+    pairs = 2 * width * ((tokens - 1) * kept + tokens)
+    found = cost("sparsifiner", tokens, heads=heads, head_dim=width, keep_rate=0.25, basis_density=density)
+    assert found.forward_flops == 2 * heads * (predictor + pairs)
+    for name in ("keep_rate", "basis_density"):
+        for wrong in (0.0, 1.5):
+            with pytest.raises(ValueError, match=rf"{name} must be in \(0, 1\]"):
+                cost("sparsifiner", tokens, **{name: wrong})

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from manyheads.engines import select as engine
 from manyheads.engines.dense import attention
 from manyheads.engines.select import select_attention, select_blocks, select_top_tokens
+from manyheads.engines.select_bags import suits_bags
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
@@ -216,3 +217,39 @@ def test_bad_selections_are_named():
         select_top_tokens(torch.zeros(3), 0)
     with pytest.raises(ValueError, match="do not make 3 blocks"):
         select_blocks(torch.zeros(3), 1, block_size=4, keys=4)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 99),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    sizes=st.fixed_dictionaries({
+        "kv_heads": st.sampled_from([1, 3]), "groups": st.sampled_from([1, 2]), "keys": st.sampled_from([9, 60]),
+        "selected": st.sampled_from([1, 4, 12]), "bias": st.booleans(),
+    }),
+)  # fmt: skip
+def test_many_lists_of_every_head_give_the_reference(seed, dtype, sizes):
+    arguments = problem(seed, dtype, queries=64, lists="all", batch=2, **sizes)
+    assert suits_bags(arguments[0], arguments[1], arguments[3]) == (DEVICE == "cpu")
+    assert_agree(arguments, "gather")
+
+
+def test_large_rows_select_what_small_ones_do(monkeypatch):
+    torch.manual_seed(0)
+    scores = torch.rand(3, 7, 50, 197)
+    scores[0, 0, :5] = 0.0
+    scores[0, 1] = -math.inf
+    scores[0, 2, 3, 10:] = -math.inf
+    assert scores.numel() >= engine.MANY
+    for count in (1, 50, 197):
+        found = select_top_tokens(scores, count)
+        assert (found.diff(dim=-1) >= 0).all()
+        monkeypatch.setattr(engine, "MANY", 1 << 60)
+        expected = select_top_tokens(scores, count)
+        monkeypatch.undo()
+        assert torch.equal(found[1:], expected[1:])
+        # Among equal scores any may be selected.
+        values = [
+            scores[0].gather(-1, index.clamp(min=0)).masked_fill(index < 0, -1) for index in (found[0], expected[0])
+        ]
+        assert torch.equal(values[0].sort(-1).values, values[1].sort(-1).values)

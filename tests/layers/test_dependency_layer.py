@@ -82,6 +82,14 @@ def test_a_bias_keeps_messages_alive() -> None:
     assert MessageController(12, hidden_ratio=1).fc1.out_features == 12
 
 
+def test_every_backend_gives_the_same() -> None:
+    layer, x = ReversedAttention(12, 3, backend="reference"), torch.randn(2, 5, 12)
+    for backend in ("auto", "dense", "tiles", "sdpa"):
+        other = ReversedAttention(12, 3, backend=backend)
+        other.load_state_dict(layer.state_dict())
+        torch.testing.assert_close(other(x), layer(x))
+
+
 def test_dropout_only_while_training() -> None:
     layer, x = ReversedAttention(12, 3, attn_drop=0.5), torch.randn(2, 5, 12)
     assert not torch.equal(layer(x)[0], layer(x)[0])
@@ -105,6 +113,9 @@ def test_gradients_and_half_precision_and_compile(compiling: None) -> None:
     [
         (lambda: ReversedAttention(12, 5), "dim=12 is not a multiple of heads=5"),
         (lambda: ReversedAttention(12, 3, temperature=0), "temperature=0"),
+        (lambda: ReversedAttention(12, 3, backend="flash"), "backend='flash'"),
+        (lambda: ReversedAttention(12, 3)(torch.randn(1, 4, 8)), r"x must be \(batch, tokens, 12\), got \(1, 4, 8\)"),
+        (lambda: ReversedAttention(12, 3)(torch.randn(2, 4, 12), parents=torch.randn(1, 4, 12)), "parents must be"),
         (lambda: MessageController(4, hidden_ratio=0), "hidden_ratio=0"),
         (lambda: ReversedAttention(12, 3)(torch.randn(1, 4, 12), torch.ones(1, 5)), r"= \(1, 4\), got \(1, 5\)"),
         (lambda: ReversedAttention(12, 3)(torch.randn(1, 4, 12), -torch.ones(1, 4)), "must not be negative"),

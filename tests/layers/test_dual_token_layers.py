@@ -89,6 +89,15 @@ def test_gates_are_the_equation() -> None:
     torch.testing.assert_close(layer(x).flatten(1, 2), wanted)
 
 
+def test_every_backend_gives_the_same() -> None:
+    module, x = PositionAwareTokens(8, 2, token_size=2, backend="reference"), torch.randn(2, 3, 5, 8)
+    g = torch.randn(2, 4, 8)
+    for backend in ("auto", "sdpa", "blocked"):
+        other = PositionAwareTokens(8, 2, token_size=2, backend=backend)
+        other.load_state_dict(module.state_dict())
+        torch.testing.assert_close(other(x, g), module(x, g))
+
+
 def test_tokens_keep_their_precision_under_autocast() -> None:
     module, x, g = PositionAwareTokens(4, 2, token_size=2), torch.randn(1, 4, 4, 4), torch.randn(1, 4, 4)
     expected = module(x, g)
@@ -119,7 +128,15 @@ def test_gradients_and_compile(compiling: None) -> None:
         (lambda: PositionAwareTokens(8, 2, alpha=1.5), "alpha=1.5"),
         (lambda: PositionAwareTokens(8, 2, mlp="wide"), "mlp='wide'"),
         (lambda: PositionAwareTokens(8, 2, resize="nearest"), "resize='nearest'"),
-        (lambda: PositionAwareTokens(8, 2, token_size=2)(torch.randn(1, 3, 3, 8), torch.randn(1, 9, 8)), "must be 4"),
+        (
+            lambda: PositionAwareTokens(8, 2, token_size=2)(torch.randn(1, 3, 3, 8), torch.randn(1, 9, 8)),
+            r"= \(1, 4, 8\)",
+        ),
+        (
+            lambda: PositionAwareTokens(8, 2, token_size=2)(torch.randn(1, 3, 3, 4), torch.randn(1, 4, 8)),
+            "x must be a map",
+        ),
+        (lambda: PositionAwareTokens(8, 2, backend="flash"), "backend='flash'"),
         (lambda: BiDimensionalAttention(3), "reduction=4 must be between 1 and dim=3"),
     ],
 )

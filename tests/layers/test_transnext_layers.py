@@ -36,6 +36,15 @@ def test_position_bias_is_the_network_of_every_distance(data, side) -> None:
     torch.testing.assert_close(bias(grid, pooled), _bias_by_hand(bias, grid, pooled), rtol=1e-6, atol=1e-6)
 
 
+def test_position_bias_takes_a_unit_for_each_axis() -> None:
+    both, rows, columns = (PositionBias(2, side=side).double() for side in ((4, 9), 4, 9))
+    for other in (rows, columns):
+        other.load_state_dict(both.state_dict())
+    torch.testing.assert_close(both((5, 1), (5, 1)), rows((5, 1), (5, 1)))
+    torch.testing.assert_close(both((1, 5), (1, 5)), columns((1, 5), (1, 5)))
+    assert not torch.allclose(both((5, 5), (5, 5)), rows((5, 5), (5, 5)))
+
+
 def test_interpolation_resizes_along_the_keys_then_along_the_queries() -> None:
     bias = PositionBias(2, side=8, base=((8, 8), (4, 4)), mode="interpolate").double()
     table = _bias_by_hand(bias, (8, 8), (4, 4)).view(2, 64, 4, 4)

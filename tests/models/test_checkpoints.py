@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+import types
 from pathlib import Path
 
 import huggingface_hub
@@ -41,6 +43,25 @@ def test_wrappers_data_parallel_prefixes_and_arguments_are_peeled_off(tmp_path: 
     state = {f"module.{name}": value for name, value in model.state_dict().items()}
     torch.save({"epoch": 3, "args": argparse.Namespace(lr=0.1), wrapper: state}, tmp_path / "last.pth")
     assert _same(_model(checkpoint=tmp_path / "last.pth"), model)
+
+
+def test_settings_of_swins_program_are_read_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # LITv2's files hold such a dict beside the weights; its package need not be installed to read them.
+    module = types.ModuleType("yacs.config")
+
+    class CfgNode(dict):
+        def __init__(self, content: dict) -> None:
+            super().__init__(content)
+            self.__dict__.update({"__immutable__": True, "__deprecated_keys__": set()})
+
+    CfgNode.__module__, CfgNode.__qualname__, module.CfgNode = "yacs.config", "CfgNode", CfgNode
+    monkeypatch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
+    monkeypatch.setitem(sys.modules, "yacs.config", module)
+    model = _model()
+    settings = CfgNode({"TRAIN": CfgNode({"EPOCHS": 300})})
+    torch.save({"model": model.state_dict(), "config": settings}, tmp_path / "litv2_s.pth")
+    monkeypatch.delitem(sys.modules, "yacs.config")
+    assert _same(_model(checkpoint=tmp_path / "litv2_s.pth"), model)
 
 
 def test_a_pickle_with_code_is_refused_and_nothing_runs(tmp_path: Path) -> None:
@@ -146,3 +167,14 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path: Path, monkeypatch: py
         save_checkpoint(model, tmp_path / "model.safetensors")
     assert (tmp_path / "model.safetensors").read_bytes() == old
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_one_of_several_sets_of_weights(tmp_path) -> None:
+    file = tmp_path / "both.pth"
+    torch.save({"model": {"weight": torch.zeros(1)}, "model_ema": {"module.weight": torch.ones(1)}, "epoch": 3}, file)
+    assert read_state(file)["weight"] == 0
+    assert read_state(f"{file}#model_ema")["weight"] == 1
+    with pytest.raises(CheckpointError, match=r"no weights called 'ema', only \['model', 'model_ema'\]"):
+        read_state(f"{file}#ema")
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "odd#name.pth")
+    assert read_state(tmp_path / "odd#name.pth")["weight"] == 0

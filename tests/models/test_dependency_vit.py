@@ -110,6 +110,13 @@ def test_the_layout_of_the_pull_request() -> None:
     load_checkpoint(_small(num_classes=0), state, checkpoint_filter_fn)
 
 
+def test_oblong_images() -> None:
+    model, x = _small(pos_embed=True, img_size=(32, 48)), torch.randn(2, 3, 32, 48)
+    assert model.grid == (4, 6)
+    assert model.pos_embed.shape == (1, 24, 24)
+    assert model.forward_features(x).shape == (2, 4, 6, 24)
+
+
 def test_position_embeddings_follow_the_image() -> None:
     source, target = _small(pos_embed=True), _small(pos_embed=True, img_size=48)
     load_checkpoint(target, source.state_dict(), checkpoint_filter_fn)

@@ -245,11 +245,11 @@ def test_latents_come_from_an_encoder(tmp_path) -> None:
     assert state["x_embedder.proj.weight"].shape[1] == 4
     assert state["pos_embed"].shape[1] == 4  # 32 pixels are 4 x 4 latents, 2 x 2 tokens
     assert not any("encoder" in name for name in state)
-    assert found.settings["recipe"]["average"] == 0.99
+    assert found.settings["recipe"]["ema"] == 0.99
     with pytest.raises(ValueError, match="image_size=36 must be a multiple of 8"):
         train_diffusion("moh_dit_s_2_90", _few_digits(4), output=tmp_path, batch_size=4, image_size=36, encoder="x")
 
 
 def test_the_published_recipe() -> None:
     recipe = DiffusionRecipe()
-    assert (recipe.lr, recipe.average, recipe.head_balance, recipe.hflip) == (1e-4, 0.9999, 0.01, 0.5)
+    assert (recipe.lr, recipe.ema, recipe.head_balance, recipe.hflip) == (1e-4, 0.9999, 0.01, 0.5)

@@ -12,7 +12,8 @@ from PIL import Image
 from manyheads.layers.mixer_gate import MixerGating, TokenMixer
 from manyheads.models import CheckpointError, create_model, load_checkpoint
 from manyheads.models.recipes import recipe_for
-from manyheads.models.training import make_optimizer, train_transform
+from manyheads.models.training import make_optimizer
+from manyheads.models.transforms import train_transform
 from manyheads.models.vision.ninformer import AttentionBlock, GatedBlock, checkpoint_filter_fn
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "mlp_dim": 40, "token_dim": 12, "num_classes": 7}
@@ -31,6 +32,9 @@ OFFICIAL = (
 )
 
 
+SIZES = [("ninformer_cifar10", 2_652_170), ("ninformer_cifar100", 2_675_300), ("ninformer_mnist", 2_643_978)]
+
+
 def _small(**options) -> torch.nn.Module:
     return create_model("ninformer_cifar10", **{**SMALL, **options}).eval()
 
@@ -44,12 +48,12 @@ def _official(state: dict) -> dict:
     return named
 
 
-@pytest.mark.parametrize(("name", "size"), [("ninformer_cifar10", 2_652_170), ("ninformer_cifar100", 2_675_300)])
+@pytest.mark.parametrize(("name", "size"), SIZES)
 def test_published_sizes(name: str, size: int) -> None:
     with torch.device("meta"):
         model = timm.create_model(f"manyheads_{name}")
     assert sum(parameter.numel() for parameter in model.parameters()) == size
-    assert model.pretrained_cfg["input_size"] == (3, 32, 32)
+    assert model.pretrained_cfg["input_size"] == (1 if name.endswith("mnist") else 3, 32, 32)
     n, t, c, f = 64, 512, 256, 512
     block = 2 * c + c * c + c + 4 * c + 2 * n * t + t + n + 2 * (2 * c * f + f + c)
     assert sum(parameter.numel() for parameter in model.stages[0].blocks[0].parameters()) == block
@@ -76,14 +80,18 @@ def test_the_authors_layout() -> None:
         load_checkpoint(_small(token_dim=13), state, checkpoint_filter_fn)
 
 
-@pytest.mark.parametrize("mixer", ["gated", "mlp", "attention"])
+@pytest.mark.parametrize("mixer", ["gated", "mlp", "attention", "local"])
 def test_a_file_of_another_image_size_is_resized_as_the_model_would_be(mixer: str) -> None:
     source, target = _small(mixer=mixer), _small(img_size=24, mixer=mixer)
     load_checkpoint(target, source.state_dict(), checkpoint_filter_fn)
     source.set_input_size((24, 24))
     x = torch.randn(1, 3, 24, 24)
     torch.testing.assert_close(target(x), source(x))
+    oblong = _small(mixer=mixer, img_size=(12, 20))
     source.set_input_size((12, 20))
+    oblong.load_state_dict(source.state_dict())
+    y = torch.randn(1, 3, 12, 20)
+    torch.testing.assert_close(oblong(y), source(y))
     assert source.forward_features(torch.randn(1, 3, 12, 20)).shape == (1, 3, 5, 24)
     with pytest.raises(ValueError, match=re.escape("images of 12 x 20 (15 tokens), got 24 x 24 (36 tokens)")):
         source(x)
@@ -170,11 +178,21 @@ def test_training_images_are_shifted_by_at_most_the_padding() -> None:
         assert (pixels[:, 4:28, 4:28] == 1).all()
 
 
+def test_the_layer_offers_the_formula_too() -> None:
+    layer, x = MixerGating(6, 5, 3, 4, backend="reference"), torch.randn(2, 5, 6)
+    fast = MixerGating(6, 5, 3, 4)
+    fast.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(layer.eval()(x), fast.eval()(x))
+
+
 def test_the_baselines() -> None:
     assert isinstance(_small(mixer="mlp").stages[0].blocks[0], TokenMixer)
     vit = _small(mixer="attention")
     assert isinstance(vit.stages[0].blocks[0], AttentionBlock)
     assert vit.no_weight_decay() == {"pos_embed"}
+    local = _small(mixer="local")
+    assert local.no_weight_decay() == {"pos_embed"}
+    assert {name for name in local.state_dict() if "dwconv.weight" in name}
     assert not _small().no_weight_decay()
     assert vit(torch.randn(2, 3, 16, 16)).shape == (2, 7)
 
@@ -190,8 +208,10 @@ def test_the_baselines() -> None:
         (lambda: _small(mixer="mlp", drop_path_rate=0.1), "no stochastic depth"),
         (lambda: _small()(torch.randn(1, 1, 16, 16)), "image must be"),
         (lambda: _small()(torch.randn(1, 3, 32, 32)), r"\(16 tokens\), got 32 x 32 \(64 tokens\)"),
-        (lambda: _small().set_input_size((18, 16)), "multiples of patch_size=4"),
+        (lambda: _small().set_input_size((18, 16)), "must be a multiple of patch_size=4"),
         (lambda: MixerGating(4, 0, 8), "tokens=0"),
+        (lambda: MixerGating(4, 4, 8, backend="triton"), "backend='triton'"),
+        (lambda: _small(img_size=(16, 16, 16)), "or two of them"),
         (lambda: MixerGating(4, 4, 8, dropout=1.5), "dropout=1.5"),
         (lambda: MixerGating(4, 6, 8)(torch.randn(1, 5, 4)), "mix 6 tokens, x has 5"),
     ],

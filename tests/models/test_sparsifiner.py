@@ -15,6 +15,7 @@ from manyheads.models import CheckpointError, create_model, load_checkpoint
 from manyheads.models.recipes import recipe_for
 from manyheads.models.vision.sparsifiner import Sparsifiner, checkpoint_filter_fn
 from manyheads.objectives.sparse_attention import score_reconstruction, teacher_losses
+from manyheads.ops.sparse_connectivity import PairRule
 
 SMALL = {
     "img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 3, "num_classes": 7, "mlp_ratio": 2.0,
@@ -232,6 +233,16 @@ def test_compiles_and_exports(compiling: None) -> None:
     )
     program = torch.export.export(model, (x,))
     torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", [PairRule(0.4, coefficient_top=2), PairRule(score_threshold=0.01, coefficient_top=2)])
+def test_the_layer_compiles_with_either_rule(compiling: None, rule: PairRule) -> None:
+    layer = SparsifiedAttention(16, 2, ConnectivityPredictor(8, 70, reduce_tokens=9, rule=rule)).eval()
+    with torch.no_grad():
+        layer.mask_predictor.proj_back_n.mul_(4)
+        x = torch.randn(2, 70, 16)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_stays_close() -> None:

@@ -74,7 +74,27 @@ def test_published_sizes(name: str) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize(("name", "size"), [("spectformer_s", 21_777_928), ("spectformer_l", 54_162_792)])
+@pytest.mark.parametrize("name", NAMES)
+def test_images_need_not_be_square(name: str) -> None:
+    wide, flexible = _small(name, img_size=(32, 48)), _small(name, resize=True)
+    load_checkpoint(wide, flexible.state_dict(), CONVERT[name])
+    x = torch.randn(1, 3, 32, 48)
+    torch.testing.assert_close(wide(x), flexible(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_epsilon_is_that_of_all_norms_but_the_embeddings(name: str) -> None:
+    norms = {
+        name: m.eps for name, m in _small(name, norm_eps=1e-3).named_modules() if isinstance(m, torch.nn.LayerNorm)
+    }
+    embedding = {name: eps for name, eps in norms.items() if "patch_embed" in name}
+    assert set(embedding.values()) <= {1e-5}
+    assert {eps for name, eps in norms.items() if name not in embedding} == {1e-3}
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("spectformer_s", 21_777_928), ("spectformer_b", 32_539_880), ("spectformer_l", 54_162_792)]
+)
 def test_sizes_without_token_labels(name: str, size: int) -> None:
     with torch.device("meta"):
         model = create_model(name, token_label=False)
@@ -120,6 +140,8 @@ def test_a_model_can_be_set_to_another_image_size(name: str) -> None:
     flexible, fixed = _small(name, resize=True), _small(name)
     fixed.load_state_dict(flexible.state_dict())
     fixed.set_input_size((48, 40))
+    # The trainer's files hold contiguous tensors only.
+    assert all(parameter.is_contiguous() for parameter in fixed.parameters())
     x = torch.randn(1, 3, 48, 40)
     torch.testing.assert_close(fixed(x), flexible(x), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="allow resize"):
@@ -290,13 +312,14 @@ def test_ground_truth_is_mixed_in_more_where_the_annotator_agrees() -> None:
     [
         (lambda: _small("spectformer_vanilla_xs", num_heads=5), "dim=24 is not a multiple of heads=5"),
         (lambda: _small("spectformer_vanilla_xs", alpha=4), "alpha=4 spectral blocks must be between 0 and depth=3"),
-        (lambda: _small("spectformer_vanilla_xs", img_size=30), "must be a multiple of patch_size=4"),
+        (lambda: _small("spectformer_vanilla_xs", img_size=30), "img_size=30 must be a multiple of patch_size=4"),
         (lambda: _small("spectformer_vanilla_xs", order="mixed"), "order='mixed'"),
         (lambda: _small("spectformer_s", depths=(1,)), "differ in length"),
         (lambda: _small("spectformer_s", mixers=("spectral", "wavelet")), "mixers='wavelet'"),
         (lambda: _small("spectformer_s")(torch.randn(1, 3, 40, 40)), "maps of 8 x 8, got 10 x 10"),
         (lambda: _small("spectformer_s")(torch.randn(1, 4, 32, 32)), "image must be"),
         (lambda: SpectralGating(4, (0, 2)), "must be positive"),
+        (lambda: SpectralGating(4, (3, 2))(torch.randn(1, 3, 2, 5)), r"x must be \(batch, 3, 2, 4\)"),
     ],
 )
 def test_bad_input(make, message: str) -> None:

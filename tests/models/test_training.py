@@ -19,14 +19,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from manyheads.models.evaluation import count_flops, evaluate_vision
+from manyheads.models.evaluation import _corrupt, count_flops, evaluate_vision
 from manyheads.models.image_data import ImageData, load_images
 from manyheads.models.recipes import recipe_for
 from manyheads.models.registry import create_model
 from manyheads.models.repeated_augmentation import RepeatedAugmentation
 from manyheads.models.schedule import cosine_schedule
 from manyheads.models.training import make_optimizer, train_vision
-from manyheads.models.training import test_transform as evaluation_transform
+from manyheads.models.transforms import test_transform as evaluation_transform
 from manyheads.models.weight_averaging import AVERAGED
 
 MODEL = {"depths": (1, 1), "embed_dims": (32, 64), "topks": (2, -2), "regions": 2}
@@ -273,3 +273,22 @@ def test_halonet_learns_by_sgd_but_small_images_by_adamw() -> None:
     assert recipe_for("shvit_s2").adaptive_clip == 0.02
     with pytest.raises(ValueError, match="optimizer='lion' is not one of"):
         make_optimizer(torch.nn.Linear(2, 2), 0.4, 0.0, "lion")
+
+
+def test_grey_images_train_and_judge_a_model_of_one_channel(tmp_path: Path) -> None:
+    options = {"depth": 1, "embed_dim": 16, "mlp_dim": 16, "patch_size": 8}
+    result = train_vision(
+        "ninformer_mnist", _few_digits(), output=tmp_path / "grey", epochs=1, batch_size=16, model_options=options,
+        device="cpu", progress=False,
+    )  # fmt: skip
+    images = _few_digits()
+    images.read_channels(1)
+    pixels = images.test[0]["pixel_values"]
+    assert pixels.mode == "L"
+    with pytest.raises(ValueError, match="in_chans=4"):
+        images.read_channels(4)
+    found = evaluate_vision(
+        "ninformer_mnist", images, checkpoint=result.output, model_options=options, progress=False
+    )  # fmt: skip
+    assert found.top1 == pytest.approx(result.accuracy[-1])
+    assert _corrupt(Image.new("L", (32, 32), 128), "gaussian_noise", 1).mode == "L"

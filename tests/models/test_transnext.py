@@ -125,8 +125,38 @@ def test_both_position_biases_agree_at_the_trained_size_only() -> None:
 
 def test_the_pre_training_size_sets_the_unit_of_distance() -> None:
     native, finetuned = _small(img_size=128), _small(img_size=128, pretrain_size=64)
-    assert [stage.blocks[0].attn.position.side for stage in native.stages] == [32, 16]
-    assert [stage.blocks[0].attn.position.side for stage in finetuned.stages] == [16, 8]
+    assert [stage.blocks[0].attn.position.side for stage in native.stages] == [(32, 32), (16, 16)]
+    assert [stage.blocks[0].attn.position.side for stage in finetuned.stages] == [(16, 16), (8, 8)]
+
+
+def test_every_stage_can_have_a_window_of_its_own() -> None:
+    model = _small(window_size=(5, None))
+    assert model.stages[0].blocks[0].attn.learnable_tokens.shape[-1] == 25
+    with pytest.raises(ValueError, match="has none for stage 1, which pools by 2"):
+        _small(window_size=(5, None), sr_ratios=(4, 2))
+
+
+def test_images_need_not_be_square() -> None:
+    square, wide = _small(), _small(img_size=(64, 128), position_bias="interpolate")
+    wide.load_state_dict(square.state_dict())
+    assert [stage.blocks[0].attn.position.side for stage in wide.stages] == [(16, 32), (8, 16)]
+    x = torch.randn(1, 3, 64, 128)
+    # At its own size nothing is interpolated.
+    extrapolated = _small(img_size=(64, 128))
+    extrapolated.load_state_dict(square.state_dict())
+    torch.testing.assert_close(wide(x), extrapolated(x))
+
+
+def test_the_epsilon_is_that_of_blocks_and_stages() -> None:
+    model = _small(norm_eps=1e-3)
+    found = {name.split(".")[-1]: m.eps for name, m in model.named_modules() if isinstance(m, torch.nn.LayerNorm)}
+    pooled, embed = model.stages[0].blocks[0].attn.norm, model.stages[0].patch_embed.norm
+    assert found["norm1"] == found["norm2"] == model.stages[0].norm.eps == 1e-3
+    assert pooled.eps == embed.eps == 1e-5
+
+
+def test_a_fixed_pool_needs_to_fit_the_image_at_hand_only() -> None:
+    assert _small(fixed_pool_size=17, sr_ratios=(4, 2))(torch.randn(1, 3, 160, 160)).shape == (1, 7)
 
 
 def test_features_only_loads_checkpoints(tmp_path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import partial
 
@@ -13,7 +14,12 @@ from hypothesis import strategies as st
 
 from manyheads.engines.dense import attention
 from manyheads.ops import aggregated
-from manyheads.ops.aggregated import aggregated_attention, length_scaled_query, neighbours_inside
+from manyheads.ops.aggregated import (
+    aggregated_attention,
+    length_scaled_cosine_attention,
+    length_scaled_query,
+    neighbours_inside,
+)
 
 LEARNT = ("temperature", "query_embedding", "bias_local", "bias_pool", "learnable_tokens", "learnable_bias")
 
@@ -181,3 +187,67 @@ def test_maps_of_query_and_key_must_agree() -> None:
     given = _case()
     with pytest.raises(ValueError, match=r"query has a grid \(4, 3\) but key \(4, 2\)"):
         aggregated_attention(**given | {"key": given["key"][:, :, :, :2], "value": given["value"][:, :, :, :2]})
+
+
+def _plain_case(dtype: torch.dtype = torch.double) -> dict[str, torch.Tensor]:
+    shapes = {
+        "query": (2, 4, 5, 6),
+        "key": (2, 2, 7, 6),
+        "value": (2, 2, 7, 3),
+        "temperature": (4, 1, 1),
+        "query_embedding": (4, 1, 6),
+        "bias": (4, 5, 7),
+    }
+    return {name: torch.randn(shape, dtype=dtype) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "blocked"])
+def test_attention_to_everything_is_the_equation(backend: str) -> None:
+    given = _plain_case()
+    out = length_scaled_cosine_attention(**given, backend=backend)
+    for b, h, n in itertools.product(range(2), range(4), range(5)):
+        query, keys = given["query"][b, h, n], given["key"][b, h // 2]
+        scaled = (query / query.norm() + given["query_embedding"][h, 0]) * F.softplus(given["temperature"][h])
+        scores = (keys / keys.norm(dim=1, keepdim=True)) @ scaled[0] * math.log(7) + given["bias"][h, n]
+        torch.testing.assert_close(out[b, h, n], scores.softmax(0) @ given["value"][b, h // 2])
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_attention_to_everything_has_right_gradients(backend: str) -> None:
+    given = {name: tensor.requires_grad_() for name, tensor in _plain_case().items()}
+    names, inputs = list(given), tuple(given.values())
+
+    def attend(*x: torch.Tensor) -> torch.Tensor:
+        return length_scaled_cosine_attention(**dict(zip(names, x)), backend=backend)
+
+    assert torch.autograd.gradcheck(attend, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_attention_to_everything_drops_weights(backend: str) -> None:
+    given = _plain_case()
+    several = torch.stack([length_scaled_cosine_attention(**given, dropout=0.5, backend=backend) for _ in range(300)])
+    assert not torch.equal(several[0], several[1])
+    torch.testing.assert_close(several.mean(0), length_scaled_cosine_attention(**given), rtol=0.3, atol=0.3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_to_everything_in_half_precision(dtype: torch.dtype) -> None:
+    given = _plain_case(torch.float32)
+    out = length_scaled_cosine_attention(**{name: tensor.to(dtype) for name, tensor in given.items()})
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.float(), length_scaled_cosine_attention(**given), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bias": torch.zeros(4, 5, 5)}, r"bias must have shape \(4, 5, 7\), got \(4, 5, 5\)"),
+        ({"dropout": 1.0}, r"dropout=1\.0 must be in"),
+        ({"dropout": 0.5, "backend": "blocked"}, "dropout=0.5 must be .* 0 where backend='blocked'"),
+        ({"backend": "joint"}, "backend='joint'"),
+    ],
+)
+def test_attention_to_everything_refuses_bad_input(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        length_scaled_cosine_attention(**_plain_case() | change)

@@ -117,6 +117,15 @@ def test_compiles_whole(compiling: None) -> None:
     torch.testing.assert_close(compiled(q, k, v), attend(q, k, v))
 
 
+def test_compiles_where_the_number_of_heads_is_left_open(compiling: None) -> None:
+    # Stages of other widths make the compiler leave it open, and torch's attention wants a plain bool of it.
+    attend = partial(hilo_attention, window=2, low_heads=1)
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager", dynamic=True)
+    for heads in (4, 6):
+        q, k, v = torch.randn(3, 1, heads, 6, 4, 8)
+        torch.testing.assert_close(compiled(q, k, v), attend(q, k, v))
+
+
 @pytest.mark.parametrize(
     ("heads", "alpha", "window", "low"),
     [(12, 0.9, 2, 10), (12, 0.7, 2, 8), (16, 0.9, 2, 14), (12, 0, 2, 0), (12, 1, 2, 12), (24, 0.5, 1, 24)],

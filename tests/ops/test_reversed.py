@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manyheads.ops import reversed as room
+from manyheads.engines import dense_reversed as room
+from manyheads.ops import reversed as operator
 from manyheads.ops.reversed import dependency_mask, reversed_attention
 
 FAST = ("dense", "tiles")
@@ -27,7 +28,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
-    children=st.integers(0, 40), parents=st.integers(0, 9), heads=st.sampled_from([(1, 1), (4, 2), (3, 1)]),
+    children=st.integers(0, 40), parents=st.one_of(st.integers(0, 9), st.just(40)),
+    heads=st.sampled_from([(1, 1), (4, 2), (3, 1)]),
     causal=st.booleans(), masked=st.booleans(), weighted=st.booleans(), tile=st.sampled_from([1, 300, 1 << 19]),
 )  # fmt: skip
 def test_all_paths_give_the_equations_result(children, parents, heads, causal, masked, weighted, tile) -> None:
@@ -40,7 +42,9 @@ def test_all_paths_give_the_equations_result(children, parents, heads, causal, m
     expected = reversed_attention(q, k, v, backend="reference", **options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(room, "TILE", tile)
-        for backend in ("auto", *FAST):
+        patch.setattr(operator, "TILE", tile)
+        fused = not masked and children * parents > 0 and (not causal or children == parents)
+        for backend in ("auto", *FAST, *(["sdpa"] if fused else [])):
             torch.testing.assert_close(reversed_attention(q, k, v, backend=backend, **options), expected)
 
 
@@ -105,6 +109,19 @@ def test_gradients_are_those_of_finite_differences(backend: str, masked: bool) -
     assert torch.autograd.gradcheck(receive, (q, k, v, weight))
 
 
+@pytest.mark.parametrize(("causal", "value_width"), [(False, 3), (True, 2)])
+def test_gradients_of_fused_attention_there_and_back(causal: bool, value_width: int) -> None:
+    q, k, v = (t.requires_grad_() for t in _tensors(5, 5, 2, 1, 2, value_width))
+    weight = torch.rand(2, 2, 5, dtype=q.dtype, requires_grad=True)
+
+    def receive(q, k, v, weight):
+        return reversed_attention(q, k, v, weight=weight, causal=causal, backend="sdpa")
+
+    assert torch.autograd.gradcheck(receive, (q, k, v, weight))
+    with torch.inference_mode():
+        torch.testing.assert_close(receive(q, k, v, weight), receive(q, k, v, weight))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", FAST)
 def test_half_precision_stays_close_and_huge_logits_finite(dtype, backend: str) -> None:
@@ -142,6 +159,27 @@ def test_compiles_whole(compiling: None) -> None:
     torch.testing.assert_close(compiled(q, k, v, **options), reversed_attention(q, k, v, **options))
 
 
+def test_compiles_whole_with_gradients_tile_by_tile(compiling: None, small_tiles: None) -> None:
+    q, k, v = (t.requires_grad_() for t in _tensors())
+    compiled = torch.compile(reversed_attention, fullgraph=True, backend="aot_eager")
+    results = [call(q, k, v, backend="tiles") for call in (compiled, reversed_attention)]
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), (q, k, v)) for out in results))
+    mask = torch.rand(2, 9) > 0.4
+    torch.library.opcheck(room.reversed_tiles, (q[:, :2], k, v, mask, False, 0.5))
+
+
+def test_auto_takes_what_the_device_and_the_call_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k = (torch.empty(2, 4, 8, 6, device="meta") for _ in range(2))
+    mask = torch.ones(2, 8, dtype=torch.bool)
+    assert operator._choose(q, k, None, False) == "dense"
+    monkeypatch.setattr(operator, "TILE", 8)
+    assert operator._choose(torch.empty(2, 4, 8, 6), k, mask, True) == "tiles"
+    assert operator._choose(q, k, None, True) == "sdpa"
+    assert operator._choose(q, k[:, :, :3], None, True) == "dense"
+    assert operator._choose(q, k, mask, False) == "dense"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -152,6 +190,9 @@ def test_compiles_whole(compiling: None) -> None:
         ({"parent_mask": torch.ones(2, 9)}, r"parent_mask must be boolean of shape \(2, 9\)"),
         ({"dropout": 1}, "dropout=1"),
         ({"dropout": 0.1, "backend": "tiles"}, "has no dropout"),
+        ({"dropout": 0.1, "backend": "sdpa"}, "has no dropout"),
+        ({"causal": True, "backend": "sdpa"}, "as many children as parents"),
+        ({"parent_mask": torch.ones(2, 9, dtype=torch.bool), "backend": "sdpa"}, "has no parent_mask"),
         ({"backend": "flash"}, "backend='flash'"),
         ({"key": torch.randn(2, 2, 9, 4)}, "head_dim 6 but key has 4"),
     ],

@@ -16,9 +16,13 @@ MODULES = (
     "manyheads.parallel.training",
     "manyheads.reproduce.byte_lm",
     "torch.distributed.fsdp",
+    "transformers.models.gemma2.modeling_gemma2",
+    "transformers.models.gemma3.modeling_gemma3",
     "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.gpt_oss.modeling_gpt_oss",
     "transformers.models.llama.modeling_llama",
     "transformers.models.mistral.modeling_mistral",
+    "transformers.models.qwen3.modeling_qwen3",
 )
 
 

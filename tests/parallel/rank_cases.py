@@ -19,11 +19,7 @@ from manyheads.parallel.local import group_of
 
 @functools.cache
 def meshes() -> tuple[Any, Any]:
-    """This rank's Ulysses group and its ring group of 2 x 2 ranks.
-
-    Made before any test runs: after many groups and failed calls in one pool, gloo was seen to stop answering while it
-    connects a new one.
-    """
+    """This rank's Ulysses group and its ring group of 2 x 2 ranks."""
     rank = dist.get_rank()
     groups = [dist.new_group(members) for members in ([0, 1], [2, 3], [0, 2], [1, 3])]
     return groups[rank // 2], groups[2 + rank % 2]
@@ -40,6 +36,28 @@ def error(got: Tensor, want: Tensor) -> float:
     assert got.isfinite().logical_or(want == -torch.inf).all()
     gap = torch.where(got == want, 0, (got.double() - want.double()).abs())
     return float(gap.max() / want.double().abs().nan_to_num(0, 0, 0).max().clamp(min=1e-3))
+
+
+def _written_out(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, softcap: float | None) -> tuple[Tensor, ...]:
+    """Output and lse of the equation, for the options that the dense engine's reference lacks."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    scores = scores.masked_fill(~seen, -torch.inf)
+    lse = scores.logsumexp(-1)
+    return (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp() @ value, lse
+
+
+def _seen(tokens: int, window: int | None, cu_seqlens: list[int] | None, key_mask: Tensor | None) -> Tensor:
+    at = torch.arange(tokens)
+    behind = at[:, None] - at
+    seen = (behind >= 0) & (behind < (window or tokens))
+    if cu_seqlens is not None:
+        sequence = torch.searchsorted(torch.tensor(cu_seqlens), at, right=True)
+        seen &= sequence[:, None] == sequence
+    return seen if key_mask is None else seen & key_mask[:, None, None]
 
 
 def softmax_case(
@@ -89,9 +107,13 @@ def softmax_case(
     mask = None if key_mask is None else key_mask[:, None, None]
     lengths = {n: None if given[n] is None else torch.tensor(given[n]) for n in ("cu_seqlens", "cu_seqlens_key")}
     scale = options.get("scale")
-    want, want_lse = attention(
-        *wholes, mask=mask, causal=causal, scale=scale, return_lse=True, backend="reference", **lengths
-    )
+    if options.keys() & {"window", "softcap"}:
+        seen = _seen(tokens, options.get("window"), cu_seqlens, key_mask)
+        want, want_lse = _written_out(*wholes, seen, options.get("softcap"))
+    else:
+        want, want_lse = attention(
+            *wholes, mask=mask, causal=causal, scale=scale, return_lse=True, backend="reference", **lengths
+        )
     ((want * grad).sum() + torch.where(want_lse == -torch.inf, 0, want_lse * grad_lse).sum()).backward()
 
     locals_ = [cut(query), cut(key, cu_key), cut(value, cu_key)]

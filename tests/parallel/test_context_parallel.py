@@ -45,15 +45,25 @@ SHARDED = {
     "recomputed": ("llama", 2, _padded(2, 24), {"checkpointing": True}),
     "learned positions": ("gpt2", 4, _plain(2, 24), {}),
     "within a window": ("mistral", 4, _plain(2, 16), {}),
+    "beyond a window": ("mistral", 4, _plain(2, 24), {}),
+    "windows, token ring": ("qwen3", 4, _plain(2, 24), {"method": "token_ring"}),
+    "windows, padded": ("gemma3", 4, _padded(2, 24), {}),
+    "windows, packed, gathered keys": ("mistral", 4, _packed(20, 12), {"method": "lasp2h"}),
+    "soft caps": ("gemma2", 4, _plain(2, 24), {}),
+    "sinks": ("gpt_oss", 4, _plain(2, 24), {}),
     "hybrid": ("hybrid", 4, _plain(2, 24), {}),
     "hybrid, gathered keys": ("hybrid", 2, _plain(2, 24), {"method": "lasp2h"}),
 }
 
 
-def check(results: list[dict | None]) -> None:
+# Gemma 2's own softmax is float32 whatever the model is, and so are all of GPT-OSS and its routers.
+ROUNDED = {"logits": 1e-6, "loss": 1e-6, "gradients": 3e-6}
+
+
+def check(results: list[dict | None], limits: dict[str, float] = EXACT) -> None:
     found = [result for result in results if result is not None]
     assert found
-    for name, limit in EXACT.items():
+    for name, limit in limits.items():
         assert max(result.get(name, 0.0) for result in found) < limit, (name, found)
     assert all(result.get("undone", True) for result in found)
 
@@ -62,7 +72,7 @@ def check(results: list[dict | None]) -> None:
 def test_a_sharded_model_is_the_model(four_ranks, name):
     kind, world, call, options = SHARDED[name]
     results = four_ranks.run(_sharded, kind, world, call, options)
-    check(results)
+    check(results, ROUNDED if kind in ("gemma2", "gpt_oss") else EXACT)
     assert all(result["type"] for result in results if result)
     schemes = {"ring": "ring_self_attention", "token_ring": "token_ring", "lasp2h": "lasp2h"}
     used = schemes[options.get("method", "ring")]
@@ -99,7 +109,9 @@ REFUSED = {
     "cache": ("llama", {**_plain(1, 24), "use_cache": True}, {}, "no cache to generate from"),
     "kept": ("llama", {**_plain(1, 24), "logits_to_keep": 1}, {}, "logits_to_keep"),
     "labels": ("llama", {**_plain(1, 24), "labels": cases.tokens(1, 23)}, {}, "labels must have shape .1, 24."),
-    "window": ("mistral", _plain(1, 24), {}, "sliding window of 16 of the 24 tokens"),
+    "chunks": ("llama4", _plain(1, 24), {}, "within chunks of 8 of the 24 tokens"),
+    "convolutions": ("mamba", _plain(1, 24), {}, "meet outside its attention|mixes tokens outside"),
+    "routers": ("gpt_oss", {**_plain(1, 24), "output_router_logits": True}, {}, "output_router_logits"),
     "differ": ("llama", _plain(1, 24), {"differ": True}, "disagree on input_ids"),
     "packs": ("llama", {**_plain(2, 24), "position_ids": torch.arange(12).repeat(2, 2)}, {}, "need a batch of 1"),
     "options": ("llama", _plain(1, 24), {"method": "rings"}, "did you mean 'ring'|method"),

@@ -20,9 +20,14 @@ def _group(size: int):
     return dist.new_group(list(range(size)))
 
 
+@functools.cache
+def _alone():
+    """This rank by itself. Every rank makes it: torch names groups by how many this process made, also these."""
+    return dist.new_group([dist.get_rank()], use_local_synchronization=True)
+
+
 def _ulysses(query, key, value, *, group, causal):
-    alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-    return ulysses_ring_attention(query, key, value, ulysses_group=group, ring_group=alone, causal=causal)
+    return ulysses_ring_attention(query, key, value, ulysses_group=group, ring_group=_alone(), causal=causal)
 
 
 CASES = [
@@ -41,7 +46,7 @@ CASES = [
 
 def _traffic(function, kv_heads: int, dtype: torch.dtype, options: dict, sub: int):
     """(sent, received, messages, collectives) forward and backward of this rank, within a group of ``sub`` ranks."""
-    group = _group(sub)
+    group, _ = _group(sub), _alone()
     if dist.get_rank() >= sub:
         return None
     query = torch.randn(BATCH, HEADS, TOKENS, WIDTH, dtype=dtype, requires_grad=True)

@@ -33,6 +33,14 @@ SOFTMAX = {
     "no tokens": dict(tokens=0),
     "logits of 1e4": dict(peak=60.0, width=4, scale=1.0, dtype="float64"),
     "float64": dict(causal=True, layout="zigzag", dtype="float64"),
+    "two sequences": dict(causal=True, layout="zigzag", cu_seqlens=[0, 16, 32], tokens=32),
+    "window": dict(causal=True, layout="zigzag", window=5, heads=4, batch=2, masked=7, dtype="float64"),
+    "window of many tiles": dict(causal=True, layout="zigzag", tokens=800, window=90, dtype="float64"),
+    "window, striped": dict(causal=True, layout="striped", window=3, dtype="float64"),
+    "packed window": dict(causal=True, layout="striped", window=4, cu_seqlens=PACK, dtype="float64"),
+    "only the own key": dict(causal=True, layout="zigzag", window=1, dtype="float64"),
+    "soft cap": dict(causal=True, layout="zigzag", softcap=1.5, heads=4, batch=2, masked=24, dtype="float64"),
+    "soft cap and window": dict(causal=True, layout="striped", softcap=2.0, window=9, heads=4, dtype="float64"),
 }
 
 

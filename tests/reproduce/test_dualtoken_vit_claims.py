@@ -45,3 +45,11 @@ def test_the_probe_is_judged_by_the_rule(monkeypatch: pytest.MonkeyPatch, consta
     monkeypatch.setattr(dualtoken_vit, "train_classifier", lambda model, images, labels, epochs: None)
     monkeypatch.setattr(dualtoken_vit, "_last_tokens", tokens)
     assert dualtoken_vit.tokens_know_their_place(0).verdict is verdict
+
+
+@pytest.mark.parametrize(
+    ("rival", "verdict"), [(0.9, Verdict.CONFIRMED), (0.96, Verdict.INCONCLUSIVE), (0.99, Verdict.REFUTED)]
+)
+def test_only_the_best_is_best(rival: float, verdict: Verdict) -> None:
+    scores = {"ours": [0.95, 0.96, 0.94], "other": [rival - 0.01, rival, rival + 0.01], "third": [0.8, 0.8, 0.81]}
+    assert dualtoken_vit._is_best(scores, "ours").verdict is verdict

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from manyheads.models.image_data import EMBEDDED
 from manyheads.models.recipes import Recipe, recipe_for
 from manyheads.models.registry import create_model
-from manyheads.models.training import WEIGHTS, Objective, Training, train_vision
+from manyheads.models.runs import WEIGHTS
+from manyheads.models.training import Objective, Training, train_vision
 from manyheads.models.vision.sparsifiner import Sparsifiner
 from manyheads.objectives.sparse_attention import score_reconstruction, teacher_losses
 

@@ -436,6 +436,7 @@ VISION_SYSTEMS = (
         state="works",
         public=(
             "manyheads.ops.aggregated.aggregated_attention",
+            "manyheads.ops.aggregated.length_scaled_cosine_attention",
             "manyheads.layers.transnext.AggregatedAttention",
             "manyheads.layers.transnext.CosineAttention",
             "manyheads.layers.conv_ffn.ConvGLU",

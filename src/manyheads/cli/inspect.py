@@ -90,12 +90,12 @@ def _tree(model, image, size, checkpoint, options, device, top, output, json) ->
     from manyheads.interpret.dependency_trees import dependency_trees
     from manyheads.models import create_model
     from manyheads.models.recipes import recipe_for
-    from manyheads.models.training import test_transform
+    from manyheads.models.transforms import test_transform
 
     picture = _picture(image)
     network = create_model(model, checkpoint=checkpoint, **{**options, "num_classes": 0}).eval()
     prepare = test_transform(network, size, recipe_for(model))
-    pixels = prepare(picture)
+    pixels = prepare(picture.convert("L" if getattr(network, "in_chans", 3) == 1 else "RGB"))
     tree = dependency_trees(network.to(device), pixels[None].to(device)).trees[0]  # pyright: ignore[reportArgumentType]
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)

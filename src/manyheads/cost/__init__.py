@@ -44,6 +44,8 @@ FORMULAS = {
     "duo_attention": duo,
 }
 
+SHARES = ("keep_rate", "basis_density")
+
 
 def cost(
     system: str,
@@ -93,7 +95,10 @@ def cost(
     kv_heads = heads if kv_heads is None else kv_heads
     sizes: dict[str, int] = dict(length=length, batch=batch, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
     for name, size in (sizes | {"element_bytes": element_bytes} | settings).items():
-        if size < (0 if name in ("active", "alpha", "causal", "retrieval", "shared", "sinks") else 1):
+        if name in SHARES:
+            if not 0 < size <= 1:
+                raise ValueError(f"{name} must be in (0, 1], got {size}")
+        elif size < (0 if name in ("active", "alpha", "causal", "retrieval", "shared", "sinks") else 1):
             raise ValueError(f"{name} must be at least 1, got {size}")
     if heads % kv_heads:
         raise ValueError(f"heads ({heads}) must be a multiple of kv_heads ({kv_heads})")

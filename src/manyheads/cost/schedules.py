@@ -195,8 +195,8 @@ def lasp(s: Sequence, backward: bool, rank: int | None = None) -> Schedule:
     if s.world == 1:
         return [Step(local)]
     hops = s.world - 1 if rank is None else int(rank != last)
-    # The hops wait for each other, but not for the work within the ranks.
-    return [Step(product), Step(local / (s.world - 1), s.state_bytes, times=hops), Step(product)]
+    # A rank passes the state on when it has computed its own part: then the hops wait for each other, beside no work.
+    return [Step(product + local), Step(0, s.state_bytes, times=hops), Step(product)]
 
 
 def lasp2(s: Sequence, backward: bool, rank: int | None = None) -> Schedule:

@@ -71,3 +71,13 @@ def repeat_heads(tensor: Tensor, heads: int) -> Tensor:
     """Key or value heads repeated to ``heads`` query heads (a view where nothing is repeated)."""
     groups = heads // tensor.shape[1]
     return tensor if groups == 1 else tensor.repeat_interleave(groups, dim=1)
+
+
+def shares_keys(query: Tensor, key: Tensor) -> bool:
+    """Whether several query heads read one key head, as a plain bool even where the compiler leaves heads open.
+
+    >>> shares_keys(torch.zeros(1, 4, 3, 2), torch.zeros(1, 2, 3, 2))
+    True
+    """
+    # torch's fused attention takes no symbolic bool, which the comparison alone would be; a branch settles it.
+    return True if query.shape[1] != key.shape[1] else False  # noqa: SIM210

@@ -29,6 +29,7 @@ from manyheads.engines.common import (
     check_qkv,
     repeat_heads,
     resolve_scale,
+    shares_keys,
 )
 from manyheads.engines.dense_blocked import TILE, dense_forward, phi
 
@@ -377,7 +378,7 @@ def _flex(query, key, value, mask, bias, causal, scale, normalizer, return_lse):
     score_mod = None if bias is None else lambda score, b, h, i, j: score + _lookup(bias, b, h, i, j)
     call = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
     options = {"score_mod": score_mod, "block_mask": block_mask, "scale": scale,
-               "enable_gqa": query.shape[1] != key.shape[1]}  # fmt: skip
+               "enable_gqa": shares_keys(query, key)}  # fmt: skip
     if not return_lse:
         return call(query, key, value, **options)
     out, aux = call(query, key, value, return_aux=AuxRequest(lse=True), **options)

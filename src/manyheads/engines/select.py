@@ -20,7 +20,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from manyheads.engines.common import accumulation_dtype, check_choice, check_qkv, repeat_heads, resolve_scale
+from manyheads.engines.select_bags import bag_backward, bag_forward, suits_bags
+from manyheads.engines.select_top import top_positions
 
+MANY = 1 << 12  # scores from which a search of their own is faster than torch's
 TILE = 1 << 18  # gathered numbers in a tile: 1 MiB of keys and as much of values in float32
 
 
@@ -49,7 +52,8 @@ def select_attention(
         scale: factor on the scores, None for ``head_dim ** -0.5``.
         return_lse: also return the log-sum-exp (batch, heads, queries), -inf for a query without keys.
         backend: "reference" (gathers everything at once), "gather" (tile by tile: contiguous rows, then small
-            products; memory bounded by the tile, forward and backward), "triton" (GPU) or "auto".
+            products, or without copies as ``select_bags`` says; memory bounded by the tile, forward and backward),
+            "triton" (GPU) or "auto".
 
     Returns:
         The output (batch, heads, queries, value_dim), or the pair (output, lse). Queries that list no key give zeros.
@@ -99,7 +103,10 @@ def select_top_tokens(scores: Float[Tensor, "*axes keys"], count: int) -> Int64[
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
-    best, index = scores.topk(min(count, scores.shape[-1]), dim=-1, sorted=False)
+    count = min(count, scores.shape[-1])
+    if scores.is_cpu and scores.numel() >= MANY and count:
+        return top_positions(scores, count)
+    best, index = scores.topk(count, dim=-1, sorted=False)
     return index.masked_fill(best == -math.inf, -1).sort(dim=-1).values
 
 
@@ -265,6 +272,9 @@ def select_forward(query, key, value, index, bias, scale):
         _check_range(index, key.shape[2])
         out = query.new_zeros(batch, heads, queries, value.shape[-1])
         return out, query.new_full((batch, heads, queries), -math.inf, dtype=wide)
+    if suits_bags(query, key, index):
+        _check_range(index, key.shape[2])
+        return bag_forward(query, key, value, index, bias, scale)
     lists, positions, seen, owner, bias = _plan(query, key, index, bias)
     rows, key_rows, value_rows = to_rows(query, lists), _Rows(key), _Rows(value)
     out = rows.new_empty(*rows.shape[:2], value.shape[-1])
@@ -300,6 +310,10 @@ def select_backward(grad, grad_lse, query, key, value, index, bias, out, lse, sc
     d_bias = query.new_zeros(shape, dtype=wide if bias is None else bias.dtype)
     if query.numel() == 0 or index.numel() == 0 or key.shape[2] == 0:
         return *(torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)), d_bias
+    if suits_bags(query, key, index):
+        *grads, d_scores = bag_backward(grad, grad_lse, query, key, value, index, bias, out, lse, scale)
+        d_bias = d_scores.sum_to_size(shape).to(d_bias.dtype) if bias_grad and d_scores is not None else d_bias
+        return *grads, d_bias
     lists, positions, seen, owner, bias_rows = _plan(query, key, index, bias)
     rows, grads, outs = (to_rows(t, lists) for t in (query, grad, out))
     logs, log_grads = (to_rows(t[..., None], lists)[..., 0] for t in (lse, grad_lse))

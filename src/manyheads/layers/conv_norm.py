@@ -9,10 +9,14 @@ Sources: "SHViT: Single-Head Vision Transformer", arXiv 2401.16456; "LeViT", arX
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
+
+from manyheads.layers.fused import add, convolve_norm, fusible
 
 
 class ConvNorm(nn.Module):
@@ -46,8 +50,8 @@ class ConvNorm(nn.Module):
         self.bn = nn.BatchNorm2d(out_dim)
         nn.init.constant_(self.bn.weight, gain)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.bn(convolve(self.c, x))
+    def forward(self, x: Tensor, act: nn.Module | None = None) -> Tensor:
+        return normed(self.c, self.bn, x, act)
 
     def fuse(self) -> FusedConv:
         """The same as one convolution with a bias, for evaluation."""
@@ -57,8 +61,12 @@ class ConvNorm(nn.Module):
 class FusedConv(nn.Conv2d):
     """What ``fold_norm`` makes: a convolution with a bias."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return convolve(self, input)
+    def forward(self, input: Tensor, act: nn.Module | None = None) -> Tensor:
+        fused = convolve_norm(self, None, input, act)
+        if fused is not None:
+            return fused
+        out = convolve(self, input)
+        return act(out) if act else out
 
 
 class Residual(nn.Module):
@@ -70,14 +78,23 @@ class Residual(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.drop_path(self.m(x))
+        if self._depthwise() and not self.training and fusible(x, self.m, self.drop_path):
+            branch: Any = self.m
+            fused = convolve_norm(branch.c, branch.bn, x, residual=True)
+            if fused is not None:
+                return fused
+        return add(x, self.drop_path(self.m(x)))
+
+    def _depthwise(self) -> bool:
+        return isinstance(self.m, ConvNorm) and self.m.c.groups == self.m.c.in_channels
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
         """One depthwise convolution for x + depthwise(x); other branches stay."""
-        if not isinstance(self.m, ConvNorm) or self.m.c.groups != self.m.c.in_channels:
+        if not self._depthwise():
             return self
-        fused = self.m.fuse()
+        branch: Any = self.m
+        fused = branch.fuse()
         fused.weight[:, :, fused.weight.shape[2] // 2, fused.weight.shape[3] // 2] += 1
         return fused
 
@@ -103,6 +120,16 @@ def norm_affine(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     assert norm.running_var is not None
     factor = norm.weight / (norm.running_var + norm.eps).sqrt()
     return factor, norm.bias - norm.running_mean * factor
+
+
+def normed(convolution: nn.Conv2d, norm: Any, x: Tensor, act: nn.Module | None = None) -> Tensor:
+    """act(norm(convolution(x))), in evaluation as one kernel (``manyheads.layers.fused``)."""
+    fused = convolve_norm(convolution, norm, x, act)
+    if fused is not None:
+        return fused
+    x = convolve(convolution, x)
+    x = norm(x) if norm else x
+    return act(x) if act else x
 
 
 def convolve(convolution: nn.Conv2d, x: Tensor) -> Tensor:

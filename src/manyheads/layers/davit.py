@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from manyheads.engines.common import check_choice
+from manyheads.layers.fused import convolve_norm, project
 from manyheads.ops.channel import channel_attention
 from manyheads.ops.window import window_attention
 
@@ -59,7 +60,7 @@ class ChannelAttention(nn.Module):
     def forward(self, x: Float[Tensor, "batch *tokens dim"]) -> Float[Tensor, "batch *tokens dim"]:
         _check_width(x, self.proj.in_features)
         tokens = x.flatten(1, -2)
-        slots = rearrange(self.qkv(tokens), "b n (slot h d) -> slot b h n d", slot=3, h=self.heads).unbind(0)
+        slots = rearrange(project(self.qkv, tokens), "b n (slot h d) -> slot b h n d", slot=3, h=self.heads).unbind(0)
         if self.flavour == "v1":
             value, query, key = slots
             scale = None
@@ -67,7 +68,7 @@ class ChannelAttention(nn.Module):
             query, key, value = slots
             scale = max(tokens.shape[1], 1) ** -0.5
         out = channel_attention(query, key, value, scale=scale, backend=self.backend)
-        return self.proj(rearrange(out, "b h n d -> b n (h d)")).view(x.shape)
+        return project(self.proj, rearrange(out, "b h n d -> b n (h d)")).view(x.shape)
 
 
 class WindowAttention(nn.Module):
@@ -112,9 +113,9 @@ class WindowAttention(nn.Module):
         rows, columns = x.shape[1] // window, x.shape[2] // window
         # Windows become the batch before the projection: that copies C channels, cutting q, k, v apart would copy 3C.
         windows = rearrange(x, "b (r p) (c q) d -> (b r c) p q d", p=window, q=window)
-        slots = rearrange(self.qkv(windows), "w p q (slot h d) -> slot w h p q d", slot=3, h=self.heads)
+        slots = rearrange(project(self.qkv, windows), "w p q (slot h d) -> slot w h p q d", slot=3, h=self.heads)
         out = window_attention(*slots.unbind(0), window=window)
-        windows = self.proj(rearrange(out, "w h p q d -> w p q (h d)"))
+        windows = project(self.proj, rearrange(out, "w h p q d -> w p q (h d)"))
         x = rearrange(windows, "(b r c) p q d -> b (r p) (c q) d", r=rows, c=columns)
         return x[:, :height, :width] if below or right else x
 
@@ -148,6 +149,9 @@ class ConvPositionEncoding(nn.Module):
     def forward(self, x: Float[Tensor, "batch X Y dim"]) -> Float[Tensor, "batch X Y dim"]:
         maps = x.permute(0, 3, 1, 2)
         if isinstance(self.act, nn.Identity) and x.dtype in (torch.float32, torch.float64) and not _autocast(x):
+            fused = convolve_norm(self.proj, None, maps, residual=True)
+            if fused is not None:
+                return fused.permute(0, 2, 3, 1)
             # The identity is a kernel too: one pass over memory instead of two. Half precision would round 1 + weight.
             weight = self.proj.weight + self.centre
             maps = F.conv2d(maps, weight, self.proj.bias, padding=1, groups=self.proj.groups)

@@ -18,7 +18,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from manyheads.ops.reversed import dependency_mask, reversed_attention
+from manyheads.engines.common import check_choice
+from manyheads.ops.reversed import BACKENDS, dependency_mask, reversed_attention
 
 
 class MessageController(nn.Module):
@@ -65,12 +66,14 @@ class ReversedAttention(nn.Module):
         message_bias: as ``bias`` of ``MessageController``.
         attn_drop: dropout of the shares A while training.
         proj_drop: dropout of the output while training.
+        backend: as in ``manyheads.ops.reversed.reversed_attention``.
 
     Shape: (batch, tokens, dim) and messages (batch, tokens) to both again.
 
     Raises:
-        ValueError: heads that do not divide ``dim``, a temperature that is not positive; in ``forward``, messages of
-            another shape or negative ones (looked for on CPUs and outside torch.compile only).
+        ValueError: heads that do not divide ``dim``, a temperature that is not positive, an unknown backend; in
+            ``forward``, tokens of another width, messages of another shape or negative ones (looked for on CPUs and
+            outside torch.compile only).
 
     Source: "Visual Dependency Transformers", arXiv 2304.03282.
 
@@ -93,13 +96,16 @@ class ReversedAttention(nn.Module):
         message_bias: int | float | None = None,
         attn_drop: int | float = 0.0,
         proj_drop: int | float = 0.0,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
+        check_choice("backend", backend, BACKENDS)
         if heads < 1 or dim % heads:
             raise ValueError(f"dim={dim} is not a multiple of heads={heads}")
         if temperature <= 0:
             raise ValueError(f"temperature={temperature} of the head selector must be positive")
-        self.heads, self.temperature, self.attn_drop = heads, temperature, attn_drop
+        self.dim, self.heads, self.temperature = dim, heads, temperature
+        self.attn_drop, self.backend = attn_drop, backend
         self.head_selector = nn.Linear(dim, heads, bias=False)
         self.message_controller = MessageController(dim, hidden_ratio=message_hidden_ratio, bias=message_bias)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
@@ -130,7 +136,7 @@ class ReversedAttention(nn.Module):
         weight, message = self._weight(x, message)
         received = reversed_attention(
             query, key, value, weight=weight, child_mask=mask, parent_mask=mask if parents is None else None,
-            causal=causal, dropout=self.attn_drop if self.training else 0.0,
+            causal=causal, dropout=self.attn_drop if self.training else 0.0, backend=self.backend,
         )  # fmt: skip
         y = self.proj_drop(self.proj(rearrange(received, "b h n d -> b n (h d)")))
         if mask is not None and parents is None:
@@ -154,6 +160,9 @@ class ReversedAttention(nn.Module):
         )  # fmt: skip
 
     def _projections(self, x: Tensor, parents: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        for name, tokens in (("x", x), ("parents", x if parents is None else parents)):
+            if tokens.ndim != 3 or tokens.shape[2] != self.dim or tokens.shape[0] != x.shape[0]:
+                raise ValueError(f"{name} must be (batch, tokens, {self.dim}), got {tuple(tokens.shape)}")
         query, key, value = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
         if parents is not None:
             dim = x.shape[-1]

@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from manyheads.engines.common import check_choice
-from manyheads.engines.dense import attention
+from manyheads.engines.dense import BACKENDS, attention
 
 MLPS = ("mix", "normal")
 RESIZES = ("bilinear", "adaptive")
@@ -70,12 +70,13 @@ class PositionAwareTokens(nn.Module):
         alpha: share of the old G in the new one.
         resize: how a halved map that is not T x T becomes so: "bilinear" (half-pixel centres, no smoothing) or
             "adaptive" (means of T x T cells, which see all of a large map).
+        backend: of both attentions, as in ``manyheads.engines.dense.attention``.
 
     Shape: map (batch, X, Y, dim) and tokens (batch, T^2, dim) to both again; any X and Y.
 
     Raises:
         ValueError: heads that do not divide ``dim``, an empty grid, an alpha outside [0, 1], unknown words; in
-            ``forward``, another number of tokens.
+            ``forward``, other widths, an empty map or another number of tokens.
 
     Source: "DualToken-ViT", arXiv 2309.12424, section 3.
 
@@ -96,8 +97,10 @@ class PositionAwareTokens(nn.Module):
         mlp: str = "mix",
         alpha: int | float = 0.1,
         resize: str = "bilinear",
+        backend: str = "auto",
     ) -> None:
         super().__init__()
+        check_choice("backend", backend, BACKENDS)
         check_choice("mlp", mlp, MLPS)
         check_choice("resize", resize, RESIZES)
         if heads < 1 or dim % heads:
@@ -106,7 +109,8 @@ class PositionAwareTokens(nn.Module):
             raise ValueError(f"token_size={token_size} must be at least 1 and steps={steps} at least 0")
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha={alpha} must be between 0 and 1")
-        self.heads, self.token_size, self.mlp, self.alpha, self.resize = heads, token_size, mlp, alpha, resize
+        self.dim, self.heads, self.token_size, self.backend = dim, heads, token_size, backend
+        self.mlp, self.alpha, self.resize = mlp, alpha, resize
         self.down = nn.ModuleList(HalvingStep(dim) for _ in range(steps))
         self.norm_ds = nn.LayerNorm(dim, eps=EPS)
         self.agg_qkv, self.agg_proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
@@ -122,8 +126,11 @@ class PositionAwareTokens(nn.Module):
         self, x: Float[Tensor, "batch X Y dim"], tokens: Float[Tensor, "batch T2 dim"]
     ) -> tuple[Float[Tensor, "batch X Y dim"], Float[Tensor, "batch T2 dim"]]:
         """What the tokens tell every position (to be added to the map), and the new tokens."""
-        if tokens.shape[1] != self.token_size**2:
-            raise ValueError(f"tokens must be {self.token_size**2} (token_size squared), got {tokens.shape[1]}")
+        if x.ndim != 4 or x.shape[3] != self.dim or not x.shape[1] * x.shape[2]:
+            raise ValueError(f"x must be a map (batch, X, Y, {self.dim}), got {tuple(x.shape)}")
+        wanted = (x.shape[0], self.token_size**2, self.dim)
+        if tuple(tokens.shape) != wanted:
+            raise ValueError(f"tokens must be (batch, token_size squared, dim) = {wanted}, got {tuple(tokens.shape)}")
         tokens = self.enrich(tokens, self.aggregate(x))
         return self.broadcast(x, tokens), tokens
 
@@ -162,7 +169,7 @@ class PositionAwareTokens(nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         heads = [rearrange(t, "b n (h d) -> b h n d", h=self.heads) for t in (query, key, value)]
-        out = attention(*heads)
+        out = attention(*heads, backend=self.backend)
         assert isinstance(out, Tensor)
         return rearrange(out, "b h n d -> b n (h d)")
 

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from timm.layers import make_divisible, trunc_normal_
 from torch import Tensor, nn
 
-from manyheads.layers.conv_norm import convolve
+from manyheads.layers.conv_norm import normed
 from manyheads.ops.halo import halo_attention
 
 
@@ -112,8 +112,8 @@ class HaloAttention(nn.Module):
                 inside = x.new_ones(x.shape[0], height, width, dtype=torch.bool)
                 mask = F.pad(inside, (0, right, 0, below))
             x = F.pad(x, (0, right, 0, below))
-        query = self._heads(convolve(self.q, x))
-        key, value = self._heads(convolve(self.kv, x)).tensor_split([self.head_dim], dim=-1)
+        query = self._heads(normed(self.q, None, x))
+        key, value = self._heads(normed(self.kv, None, x)).tensor_split([self.head_dim], dim=-1)
         out = halo_attention(
             query, key, value, block=self.block, halo=self.halo, stride=self.stride, mask=mask,
             rel_height=self.pos_embed.height_rel.to(query.dtype), rel_width=self.pos_embed.width_rel.to(query.dtype),

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from manyheads.engines.common import accumulation_dtype
 from manyheads.ops.hilo import hilo_attention, low_head_count
-from manyheads.ops.window import window_attention
+from manyheads.ops.window import window_attention, window_means
 
 
 class HiLoAttention(nn.Module):
@@ -38,6 +38,7 @@ class HiLoAttention(nn.Module):
         window: s, side of the windows and of the pooling; 1 makes all heads low and thus this ordinary attention.
         alpha: share of the low-frequency heads; ``int(alpha * heads)`` of them, so 0.9 of 12 heads is 10.
         qkv_bias: bias of the input projections (on in all published models).
+        scale: factor on the scores of both groups; None means ``head_dim ** -0.5``.
         pad: pad maps that the window does not divide; False makes such maps an error.
         backend: as in ``manyheads.ops.hilo.hilo_attention``.
 
@@ -64,6 +65,7 @@ class HiLoAttention(nn.Module):
         window: int = 2,
         alpha: int | float = 0.5,
         qkv_bias: bool = True,
+        scale: float | None = None,
         pad: bool = True,
         backend: str = "auto",
     ) -> None:
@@ -71,6 +73,7 @@ class HiLoAttention(nn.Module):
         if heads < 1 or dim % heads:
             raise ValueError(f"dim={dim} is not a multiple of heads={heads}")
         self.dim, self.head_dim, self.window, self.pad, self.backend = dim, dim // heads, window, pad, backend
+        self.scale = scale
         self.low_heads = low_head_count(heads, alpha, window)
         self.high_heads = heads - self.low_heads
         low, high = self.low_heads * self.head_dim, self.high_heads * self.head_dim
@@ -103,20 +106,17 @@ class HiLoAttention(nn.Module):
         rows, columns = x.shape[1] // side, x.shape[2] // side
         windows = rearrange(x, "b (r p) (c q) d -> (b r c) p q d", p=side, q=side)
         slots = rearrange(self.h_qkv(windows), "w p q (slot h d) -> slot w h p q d", slot=3, h=self.high_heads)
-        out = window_attention(*slots.unbind(0), window=side, backend=self.backend)
+        out = window_attention(*slots.unbind(0), window=side, scale=self.scale, backend=self.backend)
         out = self.h_proj(rearrange(out, "w h p q d -> w p q (h d)"))
         return rearrange(out, "(b r c) p q d -> b (r p) (c q) d", r=rows, c=columns)
 
     def low(self, x: Tensor) -> Tensor:
         """The projected output of the low-frequency heads, (batch, X, Y, low channels), of a map that fits."""
-        side = self.window
-        pooled = x
-        if side > 1:
-            tiles = rearrange(x, "b (r p) (c q) d -> b r p c q d", p=side, q=side)
-            pooled = tiles.mean(dim=(2, 4), dtype=accumulation_dtype(x.dtype)).to(x.dtype)
+        pooled = x if self.window == 1 else window_means(x, self.window)
         query = rearrange(self.l_q(x), "b x y (h d) -> b h x y d", h=self.low_heads)
         key, value = rearrange(self.l_kv(pooled), "b x y (slot h d) -> slot b h x y d", slot=2, h=self.low_heads)
-        out = hilo_attention(query, key, value, window=1, low_heads=self.low_heads, backend=self.backend)
+        options = {"low_heads": self.low_heads, "scale": self.scale, "backend": self.backend}
+        out = hilo_attention(query, key, value, window=1, **options)
         return self.l_proj(rearrange(out, "b h x y d -> b x y (h d)"))
 
 

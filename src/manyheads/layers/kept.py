@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +27,25 @@ def kept(owner: nn.Module, weights: Sequence[Tensor], key: Hashable, make: Calla
     """
     if owner.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_inference(weights[0]):
         return make()
-    now = (key, *((weight.data_ptr(), weight._version) for weight in weights))
-    held: tuple[Any, Table] | None = owner.__dict__.get("_kept")
-    if held is None or held[0] != now:
-        held = owner.__dict__["_kept"] = now, make()
-    return held[1]
+    held = _KEPT.get(owner)
+    if held is None or held.key != key or not held.fresh(weights):
+        # The aliases keep the memory: no other tensor can take an address that was looked at.
+        seen = [(weight, weight._version, weight.data_ptr(), weight.detach()) for weight in weights]
+        _KEPT[owner] = held = _Held(key, seen, make())
+    return held.table
+
+
+@dataclass(frozen=True, eq=False)
+class _Held:
+    key: Hashable
+    seen: list[tuple[Tensor, int, int, Tensor]]  # a weight, its version, its address, its memory
+    table: Any
+
+    def fresh(self, weights: Sequence[Tensor]) -> bool:
+        return len(weights) == len(self.seen) and all(
+            weight is before and weight._version == version and weight.data_ptr() == address
+            for weight, (before, version, address, _) in zip(weights, self.seen)
+        )
+
+
+_KEPT: WeakKeyDictionary[nn.Module, _Held] = WeakKeyDictionary()

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from manyheads.engines.common import check_choice
 from manyheads.engines.dense import attention
 from manyheads.layers.activations import TanhGELU
-from manyheads.layers.conv_norm import pointwise
+from manyheads.layers.conv_norm import normed
+from manyheads.layers.fused import add, convolve_norm, excite, perceive, project
 from manyheads.layers.relative_bias import RelativeBiasMlp, RelativeBiasTable
 from manyheads.ops.multi_axis import partition_sizes
 
@@ -152,7 +153,7 @@ class MultiAxisAttention(nn.Module):
     def attend(self, sets: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attention inside each set of (sets, tokens, dim); ``mask`` (sets, tokens) says which tokens are keys."""
         order = "s n (slot h d) -> slot s h n d" if self.heads_last else "s n (h slot d) -> slot s h n d"
-        query, key, value = rearrange(self.qkv(sets), order, slot=3, h=self.heads).unbind(0)
+        query, key, value = rearrange(project(self.qkv, sets), order, slot=3, h=self.heads).unbind(0)
         bias = self.rel_pos().to(query.dtype)
         keys = None if mask is None else mask[:, None, None]
         if self.training and self.attn_drop:
@@ -160,7 +161,7 @@ class MultiAxisAttention(nn.Module):
         else:
             out = attention(query, key, value, mask=keys, bias=bias)
         assert isinstance(out, Tensor)
-        return self.proj(rearrange(out, "s h n d -> s n (h d)"))
+        return project(self.proj, rearrange(out, "s h n d -> s n (h d)"))
 
     def merge(self, sets: Tensor, shape: torch.Size) -> Tensor:
         """The map of the given (batch, X, Y, dim) again, without its padding."""
@@ -229,8 +230,10 @@ class PartitionAttention(nn.Module):
     def forward(self, x: Float[Tensor, "batch X Y dim"]) -> Float[Tensor, "batch X Y dim"]:
         # Norms and MLP see single tokens, so the whole half runs in the order of the sets: one way in, one way out.
         sets, mask = self.attn.divide(x)
-        sets = sets + self._drop(self.drop_path1, self.ls1(self.attn.attend(self.norm1(sets), mask)), x.shape[0])
-        sets = sets + self._drop(self.drop_path2, self.ls2(self.mlp(self.norm2(sets))), x.shape[0])
+        branch = self.ls1(self.attn.attend(self.norm1(sets), mask))
+        sets = add(sets, self._drop(self.drop_path1, branch, x.shape[0]))
+        branch = self.ls2(perceive(self.mlp, self.norm2(sets)))
+        sets = add(sets, self._drop(self.drop_path2, branch, x.shape[0]))
         return self.attn.merge(sets, x.shape)
 
     @staticmethod
@@ -290,9 +293,10 @@ class MBConv(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Float[Tensor, "batch dim X Y"]) -> Float[Tensor, "batch out_dim rows columns"]:
-        y = self.act(self.norm1(pointwise(self.conv1_1x1, self.pre_norm(x))))
-        y = self.se(self.act(self.norm2(self.conv2_kxk(y))))
-        return self.shortcut(x) + self.drop_path(pointwise(self.conv3_1x1, y))
+        y = convolve_norm(self.conv1_1x1, self.norm1, x, self.act, before=self.pre_norm)
+        y = normed(self.conv1_1x1, self.norm1, self.pre_norm(x), self.act) if y is None else y
+        y = excite(self.se, self.conv2_kxk(y, self.norm2, self.act))
+        return add(self.shortcut(x), self.drop_path(normed(self.conv3_1x1, None, y)))
 
 
 class Shortcut(nn.Module):
@@ -304,7 +308,7 @@ class Shortcut(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.avg_pool2d(x, 2, ceil_mode=True)
-        return pointwise(self.expand, x) if isinstance(self.expand, nn.Conv2d) else x
+        return normed(self.expand, None, x) if isinstance(self.expand, nn.Conv2d) else x
 
 
 class Conv3x3(nn.Conv2d):
@@ -316,15 +320,19 @@ class Conv3x3(nn.Conv2d):
         super().__init__(dim, out_dim, 3, stride=stride, padding=1, groups=groups, bias=bias)
         self.same = same
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, norm: nn.Module | None = None, act: nn.Module | None = None) -> Tensor:
         even = [self.same and self.stride[0] == 2 and side % 2 == 0 for side in input.shape[2:]]
-        if not any(even):
-            return super().forward(input)
         # With padding 2 the second output reads what "SAME" gives the first: dropping one is cheaper than padding the
         # end only, which copies the map.
         tall, wide = even
-        out = F.conv2d(input, self.weight, self.bias, self.stride, (1 + tall, 1 + wide), 1, self.groups)
-        return out[:, :, int(tall) :, int(wide) :]
+        padding = (1 + tall, 1 + wide)
+        out = convolve_norm(self, norm, input, act, padding=padding)
+        if out is not None:
+            return out[:, :, int(tall) :, int(wide) :]
+        out = F.conv2d(input, self.weight, self.bias, self.stride, padding, 1, self.groups)
+        out = out[:, :, int(tall) :, int(wide) :]
+        out = norm(out) if norm else out
+        return act(out) if act else out
 
 
 def _with_dropout(query, key, value, keys, bias, rate) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from manyheads.ops.mixer_gate import GateWeights, mixer_gating, resize_token_mixing, token_mixing_gate
+from manyheads.engines.common import check_choice
+from manyheads.ops.mixer_gate import BACKENDS, GateWeights, mixer_gating, resize_token_mixing, token_mixing_gate
 
 
 class TokenMixer(nn.Module):
@@ -21,6 +22,7 @@ class TokenMixer(nn.Module):
         token_hidden: hidden units T of the mixing over tokens.
         channel_hidden: hidden units F of the mixing over channels; None takes T, as the authors do.
         dropout: after each GELU and each second linear, in training (0.5 in the authors' code).
+        backend: as in ``manyheads.ops.mixer_gate.token_mixing_gate``.
 
     Shape: (batch, tokens, dim), returned as it came.
 
@@ -35,7 +37,14 @@ class TokenMixer(nn.Module):
     """
 
     def __init__(
-        self, dim: int, tokens: int, token_hidden: int, channel_hidden: int | None = None, dropout: int | float = 0.5
+        self,
+        dim: int,
+        tokens: int,
+        token_hidden: int,
+        channel_hidden: int | None = None,
+        dropout: int | float = 0.5,
+        *,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         channel_hidden = token_hidden if channel_hidden is None else channel_hidden
@@ -45,7 +54,8 @@ class TokenMixer(nn.Module):
                 raise ValueError(f"{name}={size} must be at least 1")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout} must be in [0, 1)")
-        self.tokens, self.dropout = tokens, dropout
+        check_choice("backend", backend, BACKENDS)
+        self.tokens, self.dropout, self.backend = tokens, dropout, backend
         self.token_norm, self.channel_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.token_in, self.token_out = nn.Linear(tokens, token_hidden), nn.Linear(token_hidden, tokens)
         self.channel_in, self.channel_out = nn.Linear(dim, channel_hidden), nn.Linear(channel_hidden, dim)
@@ -67,14 +77,15 @@ class TokenMixer(nn.Module):
         self.tokens = new[0] * new[1]
 
     def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
-        return token_mixing_gate(x, self.weights, dropout=self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        return token_mixing_gate(x, self.weights, dropout=dropout, backend=self.backend)
 
 
 class MixerGating(nn.Module):
     """Every token projected, times the gate that an inner mixer computes from all tokens: attention's place.
 
     Args:
-        dim, tokens, token_hidden, channel_hidden, dropout: as in ``TokenMixer``.
+        dim, tokens, token_hidden, channel_hidden, dropout, backend: as in ``TokenMixer``.
 
     Shape: (batch, tokens, dim), returned as it came.
 
@@ -89,12 +100,19 @@ class MixerGating(nn.Module):
     """
 
     def __init__(
-        self, dim: int, tokens: int, token_hidden: int, channel_hidden: int | None = None, dropout: int | float = 0.5
+        self,
+        dim: int,
+        tokens: int,
+        token_hidden: int,
+        channel_hidden: int | None = None,
+        dropout: int | float = 0.5,
+        *,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.mixer = TokenMixer(dim, tokens, token_hidden, channel_hidden, dropout)
+        self.mixer = TokenMixer(dim, tokens, token_hidden, channel_hidden, dropout, backend=backend)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
-        dropout = self.mixer.dropout if self.training else 0.0
-        return mixer_gating(x, (self.proj.weight, self.proj.bias), self.mixer.weights, dropout=dropout)
+        options = {"dropout": self.mixer.dropout if self.training else 0.0, "backend": self.mixer.backend}
+        return mixer_gating(x, (self.proj.weight, self.proj.bias), self.mixer.weights, **options)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from manyheads.engines.dense import attention
 from manyheads.layers.conv_norm import ConvNorm
+from manyheads.layers.fused import folded_tokens, fusible
 
 
 class SingleHeadAttention(nn.Module):
@@ -57,6 +58,9 @@ class SingleHeadAttention(nn.Module):
     def forward(self, x: Float[Tensor, "batch dim X Y"]) -> Float[Tensor, "batch dim X Y"]:
         if x.ndim != 4 or x.shape[1] != self.dim:
             raise ValueError(f"input must be (batch, {self.dim}, X, Y), got {tuple(x.shape)}")
+        fused = self._fused(x)
+        if fused is not None:
+            return fused
         attended, bypass = x.split([self.partial_dim, self.dim - self.partial_dim], dim=1)
         # Divided before any transpose: torch's batch norm on CPUs returns wrong gradients for one image when what
         # comes back to it is a transposed view.
@@ -66,7 +70,29 @@ class SingleHeadAttention(nn.Module):
             out = attention(query, key, value)
             assert isinstance(out, Tensor)
         else:
-            # So few tokens that the scores of an image stay in the cache: no fused kernel for unequal widths is faster.
-            out = (query * query.shape[-1] ** -0.5 @ key.mT).softmax(dim=-1) @ value
+            out = _attend(query, key, value)
         mixed = out.mT.reshape(attended.shape)
         return self.proj[1](F.relu_(torch.cat([mixed, bypass], dim=1)))
+
+    def _fused(self, x: Tensor) -> Tensor | None:
+        """The same on (batch, tokens, channels) all the way, norms folded into the projections; None where not fit."""
+        if self.heads > 1 or not isinstance(self.qkv, ConvNorm) or not isinstance(self.proj[1], ConvNorm):
+            return None
+        if not fusible(x, self.pre_norm, self.qkv, *self.proj):
+            return None
+        width, tokens = self.partial_dim, x.flatten(2).mT
+        attended = tokens[..., :width].flatten(1)
+        # Statistics alone: factor and shift of the channels are part of the projection.
+        normed = F.layer_norm(attended, attended.shape[1:], eps=self.pre_norm.eps).unflatten(1, (-1, width))
+        slots = folded_tokens(self.qkv.c, self.qkv.bn, normed, before=self.pre_norm)
+        if slots is None:
+            return None
+        mixed = _attend(*slots.split([self.qk_dim, self.qk_dim, width], dim=-1))
+        mixed = torch.cat([mixed, tokens[..., width:]], dim=-1).relu_()
+        out = folded_tokens(self.proj[1].c, self.proj[1].bn, mixed)
+        return None if out is None else out.mT.unflatten(2, x.shape[2:])
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    # So few tokens that the scores of an image stay in the cache: no fused kernel for unequal widths is faster.
+    return (query * query.shape[-1] ** -0.5 @ key.mT).softmax(dim=-1) @ value

@@ -51,6 +51,9 @@ class SpectralGating(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch X Y dim"]) -> Float[Tensor, "batch X Y dim"]:
         weight = self.complex_weight
+        if x.ndim != 4 or x.shape[-1] != weight.shape[2]:
+            wanted = f"(batch, {self.grid[0]}, {self.grid[1]}, {weight.shape[2]})"
+            raise ValueError(f"x must be {wanted}, got shape {tuple(x.shape)}; unflatten tokens first")
         if tuple(x.shape[1:3]) != self.grid:
             if not self.resize:
                 expected = f"{self.grid[0]} x {self.grid[1]}"

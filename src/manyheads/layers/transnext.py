@@ -10,7 +10,6 @@ Source: "TransNeXt: Robust Foveal Visual Perception for Vision Transformers", ar
 from __future__ import annotations
 
 import math
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +19,11 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from manyheads.engines.common import check_choice
-from manyheads.engines.dense import attention
 from manyheads.layers.kept import kept
 from manyheads.layers.mixture_of_heads import HeadRouter
-from manyheads.ops.aggregated import aggregated_attention, length_scaled_query
+from manyheads.ops.aggregated import aggregated_attention, cosine_query_and_key, length_scaled_cosine_attention
 from manyheads.ops.mixture_of_heads import mixture_of_heads_attention
+from manyheads.ops.window import window_means
 
 Grid = tuple[int, int]
 BIASES = ("extrapolate", "interpolate")
@@ -42,7 +41,7 @@ class PositionBias(nn.Module):
 
     Args:
         heads: attention heads.
-        side: R, the stage's side at pre-training; None takes each map's own sides.
+        side: R, the stage's side at pre-training, or one for each axis; None takes each map's own sides.
         base: the map for which the table is made before it is resized, where ``mode`` is "interpolate".
         mode: "extrapolate" evaluates the MLP at the actual distances, "interpolate" evaluates it for ``base`` and
             resizes the table bilinearly, first along the keys, then along the queries.
@@ -57,11 +56,16 @@ class PositionBias(nn.Module):
     """
 
     def __init__(
-        self, heads: int, *, side: int | None = None, base: tuple[Grid, Grid] | None = None, mode: str = "extrapolate"
+        self,
+        heads: int,
+        *,
+        side: int | Grid | None = None,
+        base: tuple[Grid, Grid] | None = None,
+        mode: str = "extrapolate",
     ) -> None:
         super().__init__()
         check_choice("mode", mode, BIASES)
-        if side is not None and side < 2:
+        if side is not None and min(_pair(side)) < 2:
             raise ValueError(
                 f"side={side} at pre-training must be at least 2, because distances are divided by side - 1"
             )
@@ -85,8 +89,9 @@ class PositionBias(nn.Module):
 
     def _evaluate(self, grid: Grid, pooled: Grid) -> Tensor:
         weight = self.cpb_fc1.weight
-        down, below = self._axis(grid[0], pooled[0])
-        right, beside = self._axis(grid[1], pooled[1])
+        units = grid if self.side is None else _pair(self.side)
+        down, below = self._axis(grid[0], pooled[0], units[0])
+        right, beside = self._axis(grid[1], pooled[1], units[1])
         # The first layer is linear in each axis, so only the sums are as many as the pairs of distances.
         vertical, horizontal = (
             values.to(weight.dtype)[:, None] * weight[:, axis] for axis, values in enumerate((down, right))
@@ -95,7 +100,7 @@ class PositionBias(nn.Module):
         bias = table[below[:, None, :, None], beside[None, :, None, :]]
         return rearrange(bias, "x y r c h -> h (x y) (r c)")
 
-    def _axis(self, side: int, cells: int) -> tuple[Tensor, Tensor]:
+    def _axis(self, side: int, cells: int, unit: int) -> tuple[Tensor, Tensor]:
         """The log-spaced distances that occur on one axis, and which of them each (query, cell) has."""
         device = self.cpb_fc1.weight.device
         # Cells as adaptive pooling cuts them; twice their centres are whole numbers, and so are twice all distances.
@@ -104,7 +109,7 @@ class PositionBias(nn.Module):
         lowest = -max(centres)
         distances = torch.arange(lowest, 2 * (side - 1) - min(centres) + 1, step, device=device)
         index = 2 * torch.arange(side, device=device)[:, None] - torch.tensor(centres, device=device) - lowest
-        scaled = distances.float() / 2 * 8 / max((self.side or side) - 1, 1)
+        scaled = distances.float() / 2 * 8 / max(unit - 1, 1)
         return scaled.sign() * (1 + scaled.abs()).log2() / 3, index // step
 
 
@@ -117,7 +122,8 @@ class AggregatedAttention(nn.Module):
         window: side of the neighbourhood, odd.
         sr_ratio: the pooled map has ``side // sr_ratio`` cells a side.
         fixed_pool_size: cells a side whatever the map ("linear inference mode"); None follows ``sr_ratio``.
-        pretrain_side: R of the position bias, the stage's side at pre-training; None takes each map's own sides.
+        pretrain_side: R of the position bias, the stage's side at pre-training, or one for each axis; None takes each
+            map's own sides.
         base: map sides for which the position bias is made before it is resized ("interpolate").
         position_bias: "extrapolate" or "interpolate", see ``PositionBias``.
         qkv_bias: bias of the input projections.
@@ -148,7 +154,7 @@ class AggregatedAttention(nn.Module):
         window: int = 3,
         sr_ratio: int = 1,
         fixed_pool_size: int | None = None,
-        pretrain_side: int | None = None,
+        pretrain_side: int | Grid | None = None,
         base: Grid | None = None,
         position_bias: str = "extrapolate",
         qkv_bias: bool = True,
@@ -181,7 +187,8 @@ class AggregatedAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.sr = nn.Linear(dim, dim)
         self.norm = nn.LayerNorm(dim)
-        sizes = None if base is None else (base, self.pooled_size(base))
+        # A table that is evaluated at the actual distances needs no base, whose map may be too small to pool.
+        sizes = (base, self.pooled_size(base)) if base is not None and position_bias == "interpolate" else None
         self.position = PositionBias(heads, side=pretrain_side, base=sizes, mode=position_bias)
 
     def pooled_size(self, grid: Grid) -> Grid:
@@ -257,7 +264,7 @@ class CosineAttention(nn.Module):
         dim: int,
         heads: int,
         *,
-        pretrain_side: int | None = None,
+        pretrain_side: int | Grid | None = None,
         base: Grid | None = None,
         position_bias: str = "extrapolate",
         qkv_bias: bool = True,
@@ -280,17 +287,16 @@ class CosineAttention(nn.Module):
         _check_width(x, self.proj.in_features)
         grid = (x.shape[1], x.shape[2])
         query, key, value = rearrange(self.qkv(x), "b x y (three h d) -> three b h (x y) d", three=3, h=self.heads)
-        query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
-        query = length_scaled_query(query, self.temperature, grid[0] * grid[1], self.query_embedding).to(value.dtype)
-        bias = self.position(grid, grid).to(value.dtype)
+        bias = self.position(grid, grid)
         gates = None if self.router is None else rearrange(self.router(x).gates, "b x y h -> b h (x y)")
-        if self.training and self.attn_drop:
-            out = F.scaled_dot_product_attention(query, key, value, bias, dropout_p=self.attn_drop, scale=1.0)
-            out = out if gates is None else out * gates[..., None]
-        elif gates is not None:
-            out = mixture_of_heads_attention(query, key, value, gates, bias=bias[None], scale=1.0)
+        dropout = self.attn_drop if self.training else 0.0
+        if gates is not None and not dropout:
+            query, key = cosine_query_and_key(query, key, self.temperature, self.query_embedding)
+            out = mixture_of_heads_attention(query, key, value, gates, bias=bias.to(value.dtype)[None], scale=1.0)
         else:
-            out = cast(Tensor, attention(query, key, value, bias=bias[None], scale=1.0))
+            learnt = {"temperature": self.temperature, "query_embedding": self.query_embedding, "bias": bias}
+            out = length_scaled_cosine_attention(query, key, value, **learnt, dropout=dropout)
+            out = out if gates is None else out * gates[..., None]
         return self.proj(rearrange(out, "b h (x y) d -> b x y (h d)", x=grid[0]))
 
 
@@ -298,7 +304,11 @@ def _adaptive_means(x: Tensor, pooled: Grid) -> Tensor:
     """Adaptive average pooling of a channels-last map."""
     if x.shape[1] % pooled[0] or x.shape[2] % pooled[1]:
         return F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), pooled).permute(0, 2, 3, 1)
-    return x.unflatten(2, (pooled[1], -1)).unflatten(1, (pooled[0], -1)).mean((2, 4))
+    return window_means(x, (x.shape[1] // pooled[0], x.shape[2] // pooled[1]))
+
+
+def _pair(size: int | Grid) -> Grid:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _check_heads(dim: int, heads: int) -> None:

@@ -12,6 +12,7 @@ import pickle
 import re
 import tempfile
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ Convert = Callable[[State, nn.Module], State]
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar")  # the last one for .pth.tar
 WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "model_ema")
+# The dicts of settings that Swin's program and its descendants (LITv2) store: read as plain ones, then dropped.
+_SETTINGS = [(OrderedDict, "yacs.config.CfgNode"), (OrderedDict, "fvcore.common.config.CfgNode")]
 _HUB_ID = re.compile(r"(?:hf-hub:)?([\w.-]+/[\w.-]+)")
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth", "open_clip_pytorch_model.bin")
 _SHOWN = 12
@@ -72,16 +75,20 @@ def load_checkpoint(model: nn.Module, source: str | Path | Mapping[str, Any], co
 def read_state(source: str | Path) -> State:
     """The tensors of a checkpoint file, directory or hub id, free of wrappers; code in the file is never run.
 
+    A file with several sets of weights gives those that were trained; "FILE#model_ema" names another set.
+
     Raises:
-        CheckpointError: no such file, an unknown kind of file, a truncated one, or a pickle that holds more than data.
+        CheckpointError: no such file or set of weights, an unknown kind of file, a truncated one, or a pickle that
+            holds more than data.
     """
+    source, wanted = _split(source)
     path = _locate(source)
     try:
         if path.suffix == ".safetensors":
             content: Any = safetensors.torch.load_file(path)
         else:
             # Training scripts store their parsed arguments beside the weights: plain data, safe to rebuild.
-            with torch.serialization.safe_globals([argparse.Namespace]):
+            with torch.serialization.safe_globals([argparse.Namespace, *_SETTINGS]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
@@ -92,6 +99,11 @@ def read_state(source: str | Path) -> State:
         raise CheckpointError(f"{path} is damaged, cut short or not a checkpoint ({_first_line(error)})") from error
     except (KeyError, TypeError, AttributeError, IndexError, UnicodeDecodeError, AssertionError) as error:
         raise CheckpointError(f"{path} is not a checkpoint ({type(error).__name__}: {_first_line(error)})") from error
+    if wanted:
+        if not isinstance(content, Mapping) or not isinstance(content.get(wanted), Mapping):
+            known = [str(key) for key, value in dict(content).items() if isinstance(value, Mapping)]
+            raise CheckpointError(f"{path} holds no weights called {wanted!r}, only {known}")
+        content = content[wanted]
     return _tensors(unwrap(content), str(path))
 
 
@@ -133,6 +145,12 @@ def rename(state: State, rules: Iterable[tuple[str, str]]) -> State:
             key = pattern.sub(replacement, key)
         renamed[key] = value
     return renamed
+
+
+def _split(source: str | Path) -> tuple[str | Path, str]:
+    """A source and the name behind its "#"; a path that exists is taken as it is."""
+    before, mark, wanted = str(source).rpartition("#")
+    return (before, wanted) if mark and wanted and not Path(source).expanduser().exists() else (source, "")
 
 
 def _locate(source: str | Path) -> Path:

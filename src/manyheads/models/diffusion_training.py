@@ -21,25 +21,25 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torchvision import transforms
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 
 from manyheads.layers.mixture_of_heads import collect_routing
 from manyheads.models.checkpoints import save_checkpoint
 from manyheads.models.image_data import ImageData, load_images
+from manyheads.models.image_trainer import ImageTrainer, TellEpoch, image_arguments
 from manyheads.models.registry import create_model
-from manyheads.models.training import (
+from manyheads.models.runs import (
     HISTORY,
     WEIGHTS,
-    _check_same_run,
-    _collate,
-    _last_checkpoint,
-    _on_cpu,
-    _plain,
-    _Record,
-    _Trainer,
-    _write,
+    KeepSettings,
+    checkpoint_to_resume,
+    logged,
+    logged_losses,
+    on_cpu,
+    plain,
+    write_record,
 )
-from manyheads.models.weight_averaging import AveragedWeights
+from manyheads.models.weight_averaging import AVERAGED, AveragedWeights
 from manyheads.objectives.diffusion import diffusion_loss
 
 ENCODER = "stabilityai/sd-vae-ft-ema"
@@ -55,19 +55,19 @@ class DiffusionRecipe:
         lr: learning rate, the same for every step and batch.
         epochs: passes over the images (7 million steps of 256 ImageNet images are 1,400).
         hflip: probability of a mirror image.
-        average: share that averaged weights keep of themselves at a step; 0 averages none.
+        ema: decay of the averaged weights; 0 averages none.
         head_balance: weight of the load-balancing loss.
     """
 
     lr: float = 1e-4
     epochs: int = 1400
     hflip: float = 0.5
-    average: float = 0.9999
+    ema: float = 0.9999
     head_balance: float = 0.01
 
 
 # A few hundred steps on digits: averages over fewer steps, and a mirrored digit is no digit.
-SMALL_IMAGES = DiffusionRecipe(lr=5e-4, epochs=20, hflip=0.0, average=0.99)
+SMALL_IMAGES = DiffusionRecipe(lr=5e-4, epochs=20, hflip=0.0, ema=0.99)
 
 
 @dataclass
@@ -164,7 +164,7 @@ def train_diffusion(
         raise ValueError(f"epochs={epochs} must be at least 1")
     encoder = ("none" if small else ENCODER) if encoder is None else encoder
     size = image_size or images.image_size or 256
-    use_cpu = _on_cpu(device)
+    use_cpu = on_cpu(device)
 
     set_seed(seed)
     if encoder == "none":
@@ -181,57 +181,25 @@ def train_diffusion(
     settings = {
         "model": model, "data": data if isinstance(data, str) else "given", "epochs": epochs, "batch_size": batch_size,
         "processes": world, "seed": seed, "dtype": dtype, "image_size": size, "encoder": encoder,
-        "recipe": dataclasses.asdict(recipe), "options": {name: _plain(value) for name, value in options.items()},
+        "recipe": dataclasses.asdict(recipe), "options": plain(options),
     }  # fmt: skip
-    last = _last_checkpoint(output, averaged=recipe.average > 0)
-    if last is not None and not resume:
-        raise ValueError(f"{output} holds checkpoints of another run; choose another directory, or resume")
-    if last is not None:
-        _check_same_run(output, settings)
+    last = checkpoint_to_resume(output, settings, resume=resume, also=AVERAGED if recipe.ema else None)
 
     steps = epochs * (len(train) // (batch_size * world))
-    arguments = TrainingArguments(
-        output_dir=str(output),
-        num_train_epochs=epochs,
-        per_device_train_batch_size=batch_size,
-        per_device_eval_batch_size=batch_size,
-        learning_rate=recipe.lr,
-        lr_scheduler_type="constant",
-        weight_decay=0.0,
-        max_grad_norm=0.0,
-        bf16=dtype == "bfloat16",
-        fp16=dtype == "float16",
-        use_cpu=use_cpu,
-        ddp_backend="gloo" if use_cpu and world > 1 else None,
-        ddp_find_unused_parameters=False,
-        seed=seed,
-        data_seed=seed,
-        dataloader_drop_last=True,
-        dataloader_num_workers=workers,
-        dataloader_pin_memory=not use_cpu,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        prediction_loss_only=True,
-        logging_strategy="steps",
-        logging_steps=max(1, steps // (50 * epochs)),
-        logging_nan_inf_filter=False,
-        eval_strategy="epoch",
-        save_strategy="epoch" if save_steps is None else "steps",
-        save_steps=save_steps or 500,
-        save_total_limit=2,
-        disable_tqdm=not progress,
-        report_to="none",
-    )
-    averaged = AveragedWeights(network, recipe.average, last)
-    trainer = _Trainer(
+    arguments = image_arguments(
+        output, epochs=epochs, batch_size=batch_size, lr=recipe.lr, lr_scheduler_type="constant", weight_decay=0.0,
+        max_grad_norm=0.0, dtype=dtype, use_cpu=use_cpu, processes=world, seed=seed, steps=steps, save_steps=save_steps,
+        workers=workers, progress=progress, prediction_loss_only=True,
+    )  # fmt: skip
+    averaged = AveragedWeights(network, recipe.ema, last)
+    trainer = ImageTrainer(
         None,
         averaged,
         model=_Denoiser(network, None if encoder == "none" else _load_encoder(encoder), recipe.head_balance),
         args=arguments,
-        data_collator=_collate,
         train_dataset=train,
         eval_dataset=images.test,
-        callbacks=[_Record(settings, train, network), averaged],
+        callbacks=[KeepSettings(settings), TellEpoch(train, network), averaged],
     )
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
 
@@ -239,8 +207,8 @@ def train_diffusion(
     result = DiffusionTraining(
         model=model,
         output=str(output),
-        losses=[(int(entry["step"]), float(entry["loss"])) for entry in history if "loss" in entry],
-        test_losses=[float(entry["eval_loss"]) for entry in history if "eval_loss" in entry],
+        losses=logged_losses(history),
+        test_losses=logged(history, "eval_loss"),
         steps=int(trainer.state.global_step),
         resumed_from=None if last is None else str(last),
         settings=settings,
@@ -250,7 +218,7 @@ def train_diffusion(
         save_checkpoint(network, output / LAST)
         with averaged.instead():
             save_checkpoint(network, output / WEIGHTS)
-        _write(output / HISTORY, result.to_dict())
+        write_record(output / HISTORY, result.to_dict())
     return result
 
 

@@ -26,7 +26,7 @@ from manyheads.data.corruptions import SEVERITIES, check_corruption, corrupt
 from manyheads.models.image_data import ImageData, load_images
 from manyheads.models.recipes import recipe_for
 from manyheads.models.registry import check_classifies, create_model
-from manyheads.models.training import fit_to_size, suitable_size, test_transform
+from manyheads.models.transforms import fit_to_size, suitable_size, test_transform
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -135,7 +135,8 @@ def evaluate_vision(
 
     errors = {}
     with torch.inference_mode():
-        flops = count_flops(model, torch.zeros(1, 3, size, size, device=device, dtype=DTYPES[dtype]))
+        channels = getattr(model, "in_chans", 3)
+        flops = count_flops(model, torch.zeros(1, channels, size, size, device=device, dtype=DTYPES[dtype]))
         for logits, labels, spent in run(f"evaluating {name}"):
             seconds += spent
             top1.update(logits, labels)
@@ -185,6 +186,7 @@ def prepare(
     model = model.to(device, DTYPES[dtype]).eval()
     size = image_size or suitable_size(model, images.image_size)
     fit_to_size(model, size)
+    images.read_channels(getattr(model, "in_chans", 3))
     recipe = recipe_for(name, small_images=images.image_size is not None)
     images.test.transform = test_transform(model, size, recipe)
     return name, model, images, size
@@ -213,7 +215,8 @@ def _corrupted(transform: Any, corruption: str, severity: int) -> Any:
 
 def _corrupt(image: Image.Image, name: str, severity: int) -> Image.Image:
     # The generator stands where the image's own seed has put it (``LabelledImages``).
-    return corrupt(image, name, severity, seed=int(np.random.randint(2**31)))
+    seed = int(np.random.randint(2**31))
+    return corrupt(image.convert("RGB"), name, severity, seed=seed).convert(image.mode)
 
 
 def _wait(device: str) -> None:

@@ -27,12 +27,14 @@ class LabelledImages(Dataset):
     A pair (index, copy) gives the image too, with another outcome of random transforms for every copy.
 
     With a ``seed``, what a random transform does to an image depends on seed, ``epoch`` and index alone: not on what
-    was loaded before or ahead of time, by which process, or in the run that this one resumes.
+    was loaded before or ahead of time, by which process, or in the run that this one resumes. Images are read in
+    colour, or in grey where ``mode`` is "L".
     """
 
     def __init__(self, length: int, read: Callable[[int], tuple[Image.Image, int]]) -> None:
         self.length, self.read = length, read
         self.transform: Transform | None = None
+        self.mode = "RGB"
         self.seed: int | None = None
         self.epoch = 0
 
@@ -42,7 +44,7 @@ class LabelledImages(Dataset):
     def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
         which = (index,) if isinstance(index, int) else index
         image, label = self.read(which[0])
-        pixels = image.convert("RGB")
+        pixels = image.convert(self.mode)
         if self.transform is not None:
             with _own_randomness(None if self.seed is None else (self.seed, self.epoch, *which)):
                 pixels = self.transform(pixels)
@@ -64,6 +66,18 @@ class ImageData:
     test: LabelledImages
     classes: int
     image_size: int | None = None
+
+    def read_channels(self, channels: int) -> None:
+        """Read colour (3) or grey images (1), whatever the files hold.
+
+        Raises:
+            ValueError: another number of channels.
+        """
+        if channels not in (1, 3):
+            raise ValueError(f"in_chans={channels}: images are read with 3 channels or with 1")
+        for part in (self.train, self.test):
+            if part is not None:
+                part.mode = "L" if channels == 1 else "RGB"
 
 
 def load_images(source: str, *, image_size: int | None = None) -> ImageData:

@@ -232,8 +232,8 @@ RECIPES = {
     "spectformer_s": _SPECTFORMER_PYRAMID,
     "spectformer_b": _SPECTFORMER_PYRAMID,
     "spectformer_l": dataclasses.replace(_SPECTFORMER_PYRAMID, drop_path=0.3, clip_grad=1.0),
-    "litv2_medium": dataclasses.replace(_LITV2, drop_path=0.3),
-    "litv2_base": dataclasses.replace(_LITV2, drop_path=0.5),
+    **dict.fromkeys(("litv2_medium", "litv2_medium_ws4"), dataclasses.replace(_LITV2, drop_path=0.3)),
+    **dict.fromkeys(("litv2_base", "litv2_base_ws4"), dataclasses.replace(_LITV2, drop_path=0.5)),
     "litv2_base_384": dataclasses.replace(
         _LITV2, lr=2e-5, epochs=30, warmup_epochs=0, weight_decay=1e-8, drop_path=0.5, crop_pct=1.0
     ),

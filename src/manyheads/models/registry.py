@@ -41,7 +41,8 @@ def create_model(name: str, *, checkpoint: str | Path | None = None, **options: 
     Args:
         name: "davit_tiny" or "manyheads_davit_tiny"; ``list_models()`` gives all names.
         checkpoint: a ``.safetensors``, ``.pth``, ``.pt`` or ``.bin`` file, a directory holding one, or a hub id. The
-            authors' layout, timm's (where it re-publishes the model) and our own are recognised.
+            authors' layout, timm's (where it re-publishes the model) and our own are recognised. Behind a "#", the
+            name of one of several sets of weights in the file ("reg800m.pth#model_ema", the averaged ones).
         options: the model's own (``num_classes``, ``in_chans``, ``drop_path_rate``, ...) and timm's ``features_only``
             and ``out_indices``.
 

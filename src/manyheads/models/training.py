@@ -8,7 +8,6 @@ same call trains on several processes.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -20,30 +19,40 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_transform
+from timm.data import Mixup
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
-from torchvision import transforms
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback, set_seed
 
 from manyheads.engines.common import check_choice
 from manyheads.layers.mixture_of_heads import collect_routing
 from manyheads.models.checkpoints import save_checkpoint
-from manyheads.models.image_data import ImageData, LabelledImages, load_images
+from manyheads.models.image_data import ImageData, load_images
+from manyheads.models.image_trainer import ImageTrainer, TellEpoch, image_arguments
 from manyheads.models.patch_augmentation import augment_patches
 from manyheads.models.recipes import Recipe, recipe_for
 from manyheads.models.registry import check_classifies, create_model
 from manyheads.models.repeated_augmentation import RepeatedAugmentation
+from manyheads.models.runs import (
+    HISTORY,
+    WEIGHTS,
+    KeepSettings,
+    checkpoint_to_resume,
+    logged,
+    logged_losses,
+    on_cpu,
+    plain,
+    write_record,
+)
 from manyheads.models.schedule import cosine_schedule
+from manyheads.models.transforms import fit_to_size, suitable_size, test_transform, train_transform
 from manyheads.models.vision.token_robustness import attention_inputs
 from manyheads.models.weight_averaging import AVERAGED, AveragedWeights
 from manyheads.objectives.diversification import attention_diversification_loss
 
 # A loss of one's own: (images, targets, label smoothing) to (loss, logits).
 Objective = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
-
-WEIGHTS, HISTORY = "model.safetensors", "training.json"
 
 
 @dataclass
@@ -153,7 +162,7 @@ def train_vision(
         raise ValueError(f"epochs={epochs} must be at least 1")
     if lr is not None and lr <= 0:
         raise ValueError(f"lr={lr} must be positive")
-    use_cpu = _on_cpu(device)
+    use_cpu = on_cpu(device)
 
     set_seed(seed)
     depth = {"drop_path_rate": recipe.drop_path} if recipe.drop_path else {}
@@ -161,6 +170,7 @@ def train_vision(
     network = create_model(model, checkpoint=checkpoint, **options)
     size = image_size or suitable_size(network, images.image_size)
     fit_to_size(network, size)
+    images.read_channels(getattr(network, "in_chans", 3))
     loss = objective(network) if objective is not None else None
     train.seed = seed
     train.transform, images.test.transform = (
@@ -171,47 +181,19 @@ def train_vision(
     settings = {
         "model": model, "data": data if isinstance(data, str) else "given", "epochs": epochs, "batch_size": batch_size,
         "processes": world, "seed": seed, "dtype": dtype, "image_size": size, "recipe": dataclasses.asdict(recipe),
-        "lr": lr, "options": {name: _plain(value) for name, value in options.items()},
+        "lr": lr, "options": plain(options),
     }  # fmt: skip
-    last = _last_checkpoint(output, averaged=recipe.ema > 0)
-    if last is not None and not resume:
-        raise ValueError(f"{output} holds checkpoints of another run; choose another directory, or resume")
-    if last is not None:
-        _check_same_run(output, settings)
+    last = checkpoint_to_resume(output, settings, resume=resume, also=AVERAGED if recipe.ema else None)
 
     share = batch_size * world / 1024 if recipe.linear_scaling else 1.0
     rate = lr if lr is not None else recipe.lr * share
     per_epoch = len(train) // (batch_size * world)
     steps, cooldown = epochs * per_epoch, round(epochs * recipe.cooldown_epochs / recipe.epochs) * per_epoch
-    arguments = TrainingArguments(
-        output_dir=str(output),
-        num_train_epochs=epochs,
-        per_device_train_batch_size=batch_size,
-        per_device_eval_batch_size=batch_size,
-        learning_rate=rate,
-        max_grad_norm=recipe.clip_grad or math.inf,
-        bf16=dtype == "bfloat16",
-        fp16=dtype == "float16",
-        use_cpu=use_cpu,
-        ddp_backend="gloo" if use_cpu and world > 1 else None,
-        ddp_find_unused_parameters=False,
-        seed=seed,
-        data_seed=seed,
-        dataloader_drop_last=True,
-        dataloader_num_workers=workers,
-        dataloader_pin_memory=not use_cpu,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        logging_strategy="steps",
-        logging_steps=max(1, steps // (50 * epochs)),
-        logging_nan_inf_filter=False,
-        eval_strategy="epoch",
-        save_strategy="epoch" if save_steps is None else "steps",
-        save_steps=save_steps or 500,
-        save_total_limit=2,
-        disable_tqdm=not progress,
-        report_to="none",
-    )
+    arguments = image_arguments(
+        output, epochs=epochs, batch_size=batch_size, lr=rate, max_grad_norm=recipe.clip_grad or math.inf, dtype=dtype,
+        use_cpu=use_cpu, processes=world, seed=seed, steps=steps, save_steps=save_steps, workers=workers,
+        progress=progress,
+    )  # fmt: skip
     mix = None
     if recipe.mixup or recipe.cutmix:
         mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=images.classes)
@@ -232,13 +214,13 @@ def train_vision(
         averaged,
         model=_Classifier(network, recipe, mix, loss),
         args=arguments,
-        data_collator=_collate,
         train_dataset=train,
         eval_dataset=images.test,
         compute_metrics=_accuracy,
         optimizers=(optimizer, schedule),
         callbacks=[
-            _Record(settings, train, network),
+            KeepSettings(settings),
+            TellEpoch(train, network),
             _AdaptiveClip(network, recipe.adaptive_clip),
             averaged,
             *callbacks,
@@ -250,8 +232,8 @@ def train_vision(
     result = Training(
         model=model,
         output=str(output),
-        losses=[(int(entry["step"]), float(entry["loss"])) for entry in history if "loss" in entry],
-        accuracy=[float(entry["eval_accuracy"]) for entry in history if "eval_accuracy" in entry],
+        losses=logged_losses(history),
+        accuracy=logged(history, "eval_accuracy"),
         steps=int(trainer.state.global_step),
         resumed_from=None if last is None else str(last),
         settings=settings,
@@ -260,7 +242,7 @@ def train_vision(
     if trainer.is_world_process_zero():
         with averaged.instead():
             save_checkpoint(network, output / WEIGHTS)
-        _write(output / HISTORY, result.to_dict())
+        write_record(output / HISTORY, result.to_dict())
     return result
 
 
@@ -283,47 +265,6 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float, optimizer: 
 
     check_choice("optimizer", optimizer, ("adamw", "sgd"))
     return create_optimizer_v2(model, optimizer, lr=lr, weight_decay=weight_decay, param_group_fn=groups)
-
-
-def train_transform(model: nn.Module, size: int, recipe: Recipe) -> Callable:
-    """timm's random crop, flip, RandAugment and erasing, with the model's mean and deviation.
-
-    A recipe with ``crop_padding`` has a shifted crop and a flip instead, which timm does not offer.
-    """
-    config = getattr(model, "pretrained_cfg", {})
-    if recipe.crop_padding:
-        return transforms.Compose(
-            [
-                transforms.Resize((size, size), transforms.InterpolationMode.BICUBIC),
-                transforms.RandomCrop(size, recipe.crop_padding),
-                transforms.RandomHorizontalFlip(recipe.hflip),
-                transforms.ToTensor(),
-                transforms.Normalize(
-                    config.get("mean", IMAGENET_DEFAULT_MEAN), config.get("std", IMAGENET_DEFAULT_STD)
-                ),
-            ]
-        )
-    return create_transform(  # pyright: ignore[reportReturnType]
-        (3, size, size),
-        is_training=True,
-        scale=(recipe.crop_scale, 1.0),
-        hflip=recipe.hflip,
-        color_jitter=recipe.color_jitter,
-        auto_augment=recipe.auto_augment or None,
-        interpolation="bicubic",
-        re_prob=recipe.random_erasing,
-        re_mode="pixel",
-        **_statistics(config),
-    )
-
-
-def test_transform(model: nn.Module, size: int, recipe: Recipe) -> Callable:
-    """timm's resizing (of the shorter side or of both, as the authors do) and central crop, mean and deviation."""
-    config = getattr(model, "pretrained_cfg", {})
-    return create_transform(  # pyright: ignore[reportReturnType]
-        (3, size, size), interpolation="bicubic", crop_pct=recipe.crop_pct,
-        crop_mode=config.get("crop_mode") or "center", **_statistics(config),
-    )  # fmt: skip
 
 
 class _Classifier(nn.Module):
@@ -368,24 +309,8 @@ class _Classifier(nn.Module):
         return {"loss": loss, "logits": logits}
 
 
-def _collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    pixels = torch.stack([row["pixel_values"] for row in rows])
-    return {"pixel_values": pixels, "labels": torch.tensor([row["labels"] for row in rows])}
-
-
-class _Trainer(Trainer):
-    """The trainer with an order of images of its own and, where they are kept, judging by the averaged weights.
-
-    Where the recipe augments patches, a step has a second pass on images with augmented patches, mixed alike.
-    It judges by every test image: only training leaves an incomplete last batch out.
-    """
-
-    def __init__(self, order: RepeatedAugmentation | None, averaged: AveragedWeights, **options: Any) -> None:
-        super().__init__(**options)
-        self.order, self.averaged = order, averaged
-
-    def _get_train_sampler(self, *args: Any) -> Any:
-        return super()._get_train_sampler(*args) if self.order is None else self.order
+class _Trainer(ImageTrainer):
+    """Where the recipe augments patches, a step has a second pass on images with augmented patches, mixed alike."""
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **options: Any) -> Tensor:
         classifier = cast(_Classifier, self.model)
@@ -397,17 +322,6 @@ class _Trainer(Trainer):
         patches = augment_patches(pixels, probability=probability)
         second = {"pixel_values": patches, "labels": targets, "diverse": False}
         return loss + super().training_step(model, second, *args, **options)
-
-    def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
-        with self.averaged.instead():
-            return super().evaluate(*args, **options)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        self.args.dataloader_drop_last = False
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.args.dataloader_drop_last = True
 
 
 class _AdaptiveClip(TrainerCallback):
@@ -423,92 +337,5 @@ class _AdaptiveClip(TrainerCallback):
             adaptive_clip_grad(self.parameters, clip_factor=self.largest)
 
 
-class _Record(TrainerCallback):
-    """Keep the settings beside the checkpoints, to tell another run from a resumption; tell images and model the epoch.
-
-    A model with ``frozen_parameters(epoch)`` says which of its parameters do not learn in an epoch.
-    """
-
-    def __init__(self, settings: dict[str, Any], train: LabelledImages, network: nn.Module) -> None:
-        self.settings, self.train, self.network = settings, train, network
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        frozen: Any = getattr(self.network, "frozen_parameters", None)
-        for parameter in frozen(self.train.epoch) if frozen else ():
-            parameter.grad = None
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # A resumed run counts in fractions of an epoch.
-        self.train.epoch = int((state.epoch or 0) + 1e-6)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            _write(Path(args.output_dir) / "settings.json", self.settings)
-
-
 def _accuracy(prediction: Any) -> dict[str, float]:
     return {"accuracy": float((np.asarray(prediction.predictions).argmax(-1) == prediction.label_ids).mean())}
-
-
-def _last_checkpoint(output: Path, *, averaged: bool) -> Path | None:
-    """The newest checkpoint that was written to its end: the trainer's state comes last, but for averaged weights."""
-    found = []
-    for path in output.glob("checkpoint-*"):
-        try:
-            step = int(json.loads((path / "trainer_state.json").read_text())["global_step"])
-        except (OSError, ValueError, KeyError):
-            continue
-        if not averaged or (path / AVERAGED).is_file():
-            found.append((step, path))
-    return max(found)[1] if found else None
-
-
-def _check_same_run(output: Path, settings: dict[str, Any]) -> None:
-    try:
-        before = json.loads((output / "settings.json").read_text())
-    except (OSError, ValueError):
-        return
-    changed = [name for name, value in settings.items() if before.get(name) != json.loads(json.dumps(value))]
-    if changed:
-        told = ", ".join(f"{name}: {before.get(name)} then, {settings[name]} now" for name in changed)
-        raise ValueError(f"{output} holds a run with other settings ({told}); choose another output directory")
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(json.dumps(content, indent=1))
-    os.replace(scratch, path)
-
-
-def _on_cpu(device: str) -> bool:
-    if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device={device!r} must be auto, cpu or cuda; choose a GPU with CUDA_VISIBLE_DEVICES")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device='cuda': this machine has no CUDA device")
-    return device == "cpu" or not torch.cuda.is_available()
-
-
-def fit_to_size(model: nn.Module, size: int) -> None:
-    """Resize what belongs to one image size in models that take no other (position embeddings and the like)."""
-    config = getattr(model, "pretrained_cfg", {})
-    if config.get("fixed_input_size") and size != _model_size(model):
-        cast(Any, model).set_input_size((size, size))
-
-
-def suitable_size(model: nn.Module, image_size: int | None) -> int:
-    """The side that suits the images, or the model's smallest if that is larger; None takes the model's own."""
-    least = getattr(model, "pretrained_cfg", {}).get("min_input_size") or (0,)
-    return _model_size(model) if image_size is None else max(image_size, least[-1])
-
-
-def _model_size(model: nn.Module) -> int:
-    return int(getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[-1])
-
-
-def _statistics(config: dict[str, Any]) -> dict[str, Any]:
-    return {name: config[name] for name in ("mean", "std") if name in config}
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

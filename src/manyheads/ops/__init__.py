@@ -1,7 +1,7 @@
 """Attention operators: pure functions on tensors, one file per operator."""
 
 from manyheads.ops.agent import agent_attention, agent_weights
-from manyheads.ops.aggregated import aggregated_attention, length_scaled_query
+from manyheads.ops.aggregated import aggregated_attention, length_scaled_cosine_attention, length_scaled_query
 from manyheads.ops.bilevel_routing import bilevel_routing_attention
 from manyheads.ops.channel import channel_attention
 from manyheads.ops.halo import halo_attention
@@ -24,7 +24,7 @@ from manyheads.ops.sparse_connectivity import PairRule, pair_index, pair_mask, p
 from manyheads.ops.spectral import resize_filter, spectral_gating
 from manyheads.ops.streaming import streaming_attention
 from manyheads.ops.token_merge import TokenMatching, match_tokens
-from manyheads.ops.window import window_attention, window_merge, window_partition
+from manyheads.ops.window import window_attention, window_means, window_merge, window_partition
 
 __all__ = [
     "GateWeights",
@@ -45,6 +45,7 @@ __all__ = [
     "inline_attention_step",
     "inline_weights",
     "learned_routing",
+    "length_scaled_cosine_attention",
     "length_scaled_query",
     "lightning_attention",
     "lightning_attention_step",
@@ -70,6 +71,7 @@ __all__ = [
     "streaming_attention",
     "token_mixing_gate",
     "window_attention",
+    "window_means",
     "window_merge",
     "window_partition",
 ]

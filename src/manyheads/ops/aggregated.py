@@ -9,19 +9,22 @@ keys that query n sees (neighbours inside the image, plus the pooled ones)::
 
 T and t (learnable tokens and their bias) add a query-dependent kernel *after* the softmax, with the bare q^. Values are
 zero outside the image. With uniform weights the entropy of L_n keys is ln(L_n): scaling by it keeps the sharpness of
-the attention where the image, and with it the number of keys, grows.
+the attention where the image, and with it the number of keys, grows. Where nothing is pooled (the last stage), the same
+query reads all N keys with L = N, by plain softmax attention: ``length_scaled_cosine_attention``.
 
 Source: "TransNeXt: Robust Foveal Visual Perception for Vision Transformers", arXiv 2311.17132, sections 3.1 to 3.3.
 """
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from manyheads.engines.common import accumulation_dtype, check_choice, check_qkv, repeat_heads
+from manyheads.engines.common import accumulation_dtype, check_choice, check_qkv, repeat_heads, shares_keys
 from manyheads.engines.dense import attention
 
 # Scores against pooled keys that may exist at once, in numbers: 256 MiB in float32. Beyond it the pooled keys are read
@@ -87,9 +90,7 @@ def aggregated_attention(
         "learnable_tokens": (learnable_tokens, (query.shape[1], query.shape[-1], window**2)),
         "learnable_bias": (learnable_bias, (query.shape[1], 1, window**2)),
     }
-    for name, (tensor, shape) in shapes.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    _check_shapes(shapes)
     if not 0 <= dropout < 1 or (dropout and backend == "merged"):
         raise ValueError(f"dropout={dropout} must be in [0, 1), and 0 where pooled keys are merged tile by tile")
     if backend == "auto":
@@ -129,6 +130,85 @@ def aggregated_attention(
     return (out + mix(near, near_value, window)).to(query.dtype)
 
 
+def length_scaled_cosine_attention(
+    query: Float[Tensor, "batch heads tokens head_dim"],
+    key: Float[Tensor, "batch key_heads keys head_dim"],
+    value: Float[Tensor, "batch key_heads keys value_dim"],
+    *,
+    temperature: Tensor,
+    query_embedding: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout: int | float = 0.0,
+    backend: str = "auto",
+) -> Float[Tensor, "batch heads tokens value_dim"]:
+    """Attention of all queries to all keys by ``softmax( (q^ + E) softplus(tau) ln(N) k^ + B ) v``, N keys.
+
+    Args:
+        query: (batch, heads, tokens, head_dim); normalised inside, as the keys are.
+        key: (batch, key_heads, keys, head_dim); key_heads divides heads. Another number of keys than of queries is
+            cross-attention; it is the keys that set the scale.
+        value: (batch, key_heads, keys, value_dim).
+        temperature: tau, (heads, 1, 1), before the softplus.
+        query_embedding: E, (heads, 1, head_dim), added to the normalised query; None has none.
+        bias: B, (heads, tokens, keys), added to the scores; gradients reach it.
+        dropout: probability with which an attention weight is dropped.
+        backend: of ``manyheads.engines.dense.attention``; with dropout "auto", "sdpa" or "reference".
+
+    Raises:
+        TypeError: mixed or integer dtypes.
+        ValueError: shapes that do not fit, dropout outside [0, 1), or a backend that has none.
+
+    Source: "TransNeXt: Robust Foveal Visual Perception for Vision Transformers", arXiv 2311.17132, section 3.3.
+
+    >>> import torch
+    >>> x = torch.randn(2, 3, 49, 24)
+    >>> length_scaled_cosine_attention(x, x, x, temperature=torch.full((3, 1, 1), 4.15)).shape
+    torch.Size([2, 3, 49, 24])
+    """
+    check_qkv(query, key, value)
+    shapes = {
+        "temperature": (temperature, (query.shape[1], 1, 1)),
+        "query_embedding": (query_embedding, (query.shape[1], 1, query.shape[-1])),
+        "bias": (bias, (query.shape[1], query.shape[2], key.shape[2])),
+    }
+    _check_shapes(shapes)
+    if not 0 <= dropout < 1 or (dropout and backend not in ("auto", "sdpa", "reference")):
+        raise ValueError(f"dropout={dropout} must be in [0, 1), and 0 where backend={backend!r}")
+    query, key = cosine_query_and_key(query, key, temperature, query_embedding)
+    bias = None if bias is None else bias.to(query.dtype)[None]
+    if dropout and backend == "reference":
+        wide, heads = accumulation_dtype(query.dtype), query.shape[1]
+        scores = query.to(wide) @ repeat_heads(key, heads).to(wide).mT
+        weights = (scores if bias is None else scores + bias.to(wide)).softmax(-1)
+        return (F.dropout(weights, dropout) @ repeat_heads(value, heads).to(wide)).to(value.dtype)
+    if dropout:
+        grouped = shares_keys(query, key)
+        return F.scaled_dot_product_attention(query, key, value, bias, dropout_p=dropout, scale=1.0, enable_gqa=grouped)
+    return cast(Tensor, attention(query, key, value, bias=bias, scale=1.0, backend=backend))
+
+
+def cosine_query_and_key(
+    query: Tensor, key: Tensor, temperature: Tensor, query_embedding: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Q and k^, whose plain products are the scores of length-scaled cosine attention to all keys.
+
+    Args:
+        query: (batch, heads, tokens, head_dim).
+        key: (batch, key_heads, keys, head_dim).
+        temperature: tau, (heads, 1, 1).
+        query_embedding: E, (heads, 1, head_dim).
+
+    >>> import math, torch
+    >>> query, key = cosine_query_and_key(*torch.ones(2, 1, 1, 7, 4), torch.zeros(1, 1, 1))
+    >>> [round((query @ key.mT)[0, 0, 0, 0].item(), 4), round(math.log(2) * math.log(7), 4)]
+    [1.3488, 1.3488]
+    """
+    wide = accumulation_dtype(query.dtype)
+    unit = F.normalize(query.to(wide), dim=-1)
+    scaled = length_scaled_query(unit, temperature.to(wide), key.shape[2], query_embedding)
+    return scaled.to(query.dtype), F.normalize(key.to(wide), dim=-1).to(key.dtype)
+
+
 def length_scaled_query(
     unit_query: Tensor, temperature: Tensor, lengths: Tensor | int, query_embedding: Tensor | None = None
 ) -> Tensor:
@@ -164,6 +244,12 @@ def neighbours_inside(grid: tuple[int, ...], window: int, device: torch.device) 
     rows, columns = (torch.arange(side, device=device)[:, None] + offsets for side in grid)
     rows, columns = (rows >= 0) & (rows < grid[0]), (columns >= 0) & (columns < grid[1])
     return (rows[:, None, :, None] & columns[None, :, None, :]).flatten(-2)
+
+
+def _check_shapes(shapes: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
+    for name, (tensor, shape) in shapes.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, pooled_key: Tensor, pooled_value: Tensor, window: int) -> None:

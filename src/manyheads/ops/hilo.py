@@ -14,13 +14,19 @@ Source: "Fast Vision Transformers with HiLo Attention", arXiv 2205.13213, sectio
 from __future__ import annotations
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from manyheads.engines.common import accumulation_dtype, check_choice, check_qkv, repeat_heads, resolve_scale
-from manyheads.ops.window import window_attention
+from manyheads.engines.common import (
+    accumulation_dtype,
+    check_choice,
+    check_qkv,
+    repeat_heads,
+    resolve_scale,
+    shares_keys,
+)
+from manyheads.ops.window import window_attention, window_means
 
 
 def hilo_attention(
@@ -111,10 +117,7 @@ def low_head_count(heads: int, alpha: int | float, window: int) -> int:
 
 def _pool(tensor: Tensor, window: int) -> Tensor:
     """(batch, heads, X, Y, dim) as (batch, heads, pooled positions, dim)."""
-    if window == 1:
-        return tensor.flatten(2, 3)
-    tiles = rearrange(tensor, "b h (x i) (y j) d -> b h x i y j d", i=window, j=window)
-    return tiles.mean(dim=(3, 5), dtype=accumulation_dtype(tensor.dtype)).to(tensor.dtype).flatten(2, 3)
+    return (tensor if window == 1 else window_means(tensor, window)).flatten(2, 3)
 
 
 def _reference(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -125,7 +128,7 @@ def _reference(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tenso
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    grouped = query.shape[1] != key.shape[1]
+    grouped = shares_keys(query, key)
     if not key.shape[2]:  # torch's fused attention divides by the number of keys
         return _reference(query, key, value, scale)
     return scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=grouped)

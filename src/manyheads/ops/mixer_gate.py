@@ -23,6 +23,8 @@ from torch import Tensor
 
 from manyheads.engines.common import FLOATS, accumulation_dtype, check_choice
 
+BACKENDS = ("auto", "reference", "fused")
+
 Affine = tuple[Tensor, Tensor]
 
 
@@ -194,7 +196,7 @@ def _reference_gate(x: Tensor, weights: GateWeights, eps: int | float, dropout: 
 
 
 def _check(x: Tensor, weights: GateWeights, projection: Affine | None, dropout: int | float, backend: str) -> None:
-    check_choice("backend", backend, ("auto", "reference", "fused"))
+    check_choice("backend", backend, BACKENDS)
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout} must be in [0, 1)")
     if x.dtype not in FLOATS:

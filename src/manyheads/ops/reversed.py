@@ -10,12 +10,8 @@ soft dependency mask, from which trees are read (``manyheads.interpret.dependenc
 
     D[i, j] = sum_h A_h[j, i] * weight_h[j]
 
-As the softmax runs along a child's row, the children can be visited a few rows at a time in a single pass; the matrix
-of all pairs is never held. With v' = weight * value and an incoming gradient dO the backward computes, tile by tile::
-
-    dv' = A dO      dA = v' dO^T      dS = A * (dA - v' . dv')      dquery = scale dS key      dkey = scale dS^T query
-
-which is attention's backward with the roles of value and output gradient exchanged.
+The fast paths, in ``manyheads.engines.dense_reversed``, scale the values by their weights first, which leaves attention
+with a transposed matrix of weights; that matrix is never held whole, forward or backward.
 
 Source: "Visual Dependency Transformers: Dependency Tree Emerges from Reversed Attention", arXiv 2304.03282. Its authors
 published no code; order and place of the factors follow an independent reimplementation (timm pull request 2062).
@@ -24,8 +20,6 @@ published no code; order and place of the factors follow an independent reimplem
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +27,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from manyheads.engines.common import accumulation_dtype, check_choice, check_qkv, repeat_heads, resolve_scale
+from manyheads.engines.dense_reversed import TILE, hidden_pairs, reversed_sdpa, reversed_tiles
 
-BACKENDS = ("auto", "reference", "dense", "tiles")
-TILE = 1 << 20  # pairs in a tile: 4 MiB in float32, which stays in a core's share of the cache
+BACKENDS = ("auto", "reference", "dense", "tiles", "sdpa")
 
 
 def reversed_attention(
@@ -68,13 +62,14 @@ def reversed_attention(
         scale: factor on the scores; None means ``head_dim ** -0.5``.
         dropout: probability with which a share A[j, i] is dropped.
         backend: "reference" (the equations as einsums), "dense" (two products of whole matrices), "tiles" (a few
-            children at a time, working memory independent of the number of tokens; gradients of first order only),
-            or "auto": "tiles" where there are more pairs than one tile holds, but "dense" under torch.compile and
-            with dropout.
+            children at a time), "sdpa" (torch's fused attention there and back, without parent_mask; the last two need
+            working memory independent of the number of pairs and give gradients of first order only), or "auto":
+            where there are more pairs than one tile holds "sdpa" on a GPU, if it can, and "tiles" on a CPU, else
+            "dense", which is also taken by torch.export and with dropout.
 
     Raises:
         TypeError: mixed or integer dtypes.
-        ValueError: shapes that do not fit, dropout outside [0, 1), dropout with "tiles".
+        ValueError: shapes that do not fit, dropout outside [0, 1), or a backend that cannot do what is asked.
 
     Source: "Visual Dependency Transformers", arXiv 2304.03282, section 3.
 
@@ -89,18 +84,20 @@ def reversed_attention(
     _check_value(query, key, value)
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout} must be at least 0 and less than 1")
-    if dropout and backend == "tiles":
-        raise ValueError("backend='tiles' has no dropout; take 'dense' or 'auto'")
-    heads, children, parents = query.shape[1], query.shape[2], key.shape[2]
-    wide, scale = accumulation_dtype(query.dtype), resolve_scale(scale, query.shape[-1])
+    if dropout and backend in ("tiles", "sdpa"):
+        raise ValueError(f"backend={backend!r} has no dropout; take 'dense' or 'auto'")
+    if backend == "sdpa" and not _fits_sdpa(query, key, parent_mask, causal):
+        raise ValueError("backend='sdpa' has no parent_mask, and causal for as many children as parents only")
+    heads, wide, scale = query.shape[1], accumulation_dtype(query.dtype), resolve_scale(scale, query.shape[-1])
     if backend == "auto":
-        small = query.shape[0] * heads * children * parents <= TILE
-        backend = "dense" if torch.compiler.is_compiling() or dropout or small else "tiles"
+        backend = "dense" if dropout else _choose(query, key, parent_mask, causal)
     share = _share(query, weight, child_mask)
     key, value = repeat_heads(key, heads), repeat_heads(value, heads)
-    if backend == "tiles":
+    if backend in ("tiles", "sdpa"):
         sent = value if share is None else (value.to(wide) * share[..., None]).to(value.dtype)
-        return _Tiles.apply(query, key, sent, parent_mask, causal, scale)  # pyright: ignore[reportReturnType]
+        if backend == "sdpa":
+            return reversed_sdpa(query, key, sent, causal, scale)
+        return reversed_tiles(query, key, sent, parent_mask, causal, scale)
     shares = F.dropout(_shares(query, key, parent_mask, causal, scale), dropout)
     if backend == "reference":
         share = shares.new_ones(shares.shape[:3]) if share is None else share
@@ -138,6 +135,20 @@ def dependency_mask(
     return torch.einsum("bhji,bhj->bij", shares, share)
 
 
+def _choose(query: Tensor, key: Tensor, parent_mask: Tensor | None, causal: bool) -> str:
+    # An exported program should run where this library is not installed.
+    if torch.compiler.is_exporting() or query.shape[:3].numel() * key.shape[2] <= TILE:
+        return "dense"
+    if query.device.type == "cpu":
+        return "tiles"
+    fused = query.dtype != torch.float64 and not torch.compiler.is_compiling()
+    return "sdpa" if fused and _fits_sdpa(query, key, parent_mask, causal) else "dense"
+
+
+def _fits_sdpa(query: Tensor, key: Tensor, parent_mask: Tensor | None, causal: bool) -> bool:
+    return parent_mask is None and (not causal or query.shape[2] == key.shape[2])
+
+
 def _share(query: Tensor, weight: Tensor | None, child_mask: Tensor | None) -> Tensor | None:
     """Weights of the children with padded ones at zero, or None where all are one."""
     if weight is None and child_mask is None:
@@ -152,79 +163,11 @@ def _shares(query: Tensor, key: Tensor, parent_mask: Tensor | None, causal: bool
     wide = accumulation_dtype(query.dtype)
     scores = (query.to(wide) * scale) @ key.to(wide).mT
     children, parents = query.shape[2], key.shape[2]
-    hidden = _hidden(parent_mask, causal, slice(0, children), children, parents, query.device)
+    hidden = hidden_pairs(parent_mask, causal, slice(0, children), children, parents, query.device)
     if hidden is None:
         return scores.softmax(-1)
     # A child that sees no parent has a row of NaN, which is hidden throughout.
     return scores.masked_fill(hidden, -math.inf).softmax(-1).masked_fill(hidden, 0)
-
-
-def _hidden(
-    parent_mask: Tensor | None, causal: bool, rows: slice, children: int, parents: int, device: torch.device
-) -> Tensor | None:
-    """Which parents some children cannot send to, broadcast to (batch, heads, rows, parents)."""
-    hidden = None if parent_mask is None else ~parent_mask[:, None, None]
-    if causal:
-        child = torch.arange(rows.start, rows.stop, device=device)[:, None]
-        later = torch.arange(parents, device=device) > child + (parents - children)
-        hidden = later[None, None] if hidden is None else hidden | later
-    return hidden
-
-
-class _Tiles(torch.autograd.Function):
-    """Children a few rows at a time; the backward computes each tile again."""
-
-    @staticmethod
-    def forward(ctx: Any, query, key, sent, parent_mask, causal, scale):
-        ctx.save_for_backward(query, key, sent, parent_mask)
-        ctx.causal, ctx.scale = causal, scale
-        wide = accumulation_dtype(query.dtype)
-        out = query.new_zeros(*query.shape[:2], key.shape[2], sent.shape[3], dtype=wide)
-        for images, rows in _tiles(query, key):
-            shares = _tile(query, key, parent_mask, causal, scale, images, rows)
-            out[images] += shares.mT @ sent[images, :, rows].to(wide)
-        return out.to(query.dtype)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad):
-        query, key, sent, parent_mask = ctx.saved_tensors
-        wide = accumulation_dtype(query.dtype)
-        d_query, d_sent = torch.empty_like(query), torch.empty_like(sent)
-        d_key = torch.zeros_like(key, dtype=wide)
-        for images, rows in _tiles(query, key):
-            shares = _tile(query, key, parent_mask, ctx.causal, ctx.scale, images, rows)
-            content, received = sent[images, :, rows].to(wide), grad[images].to(wide)
-            d_content = shares @ received
-            d_scores = content @ received.mT
-            d_scores -= (content * d_content).sum(-1, keepdim=True)
-            d_scores *= shares
-            d_sent[images, :, rows] = d_content.to(sent.dtype)
-            d_query[images, :, rows] = (d_scores @ key[images].to(wide) * ctx.scale).to(query.dtype)
-            d_key[images] += d_scores.mT @ (query[images, :, rows].to(wide) * ctx.scale)
-        return d_query, d_key.to(key.dtype), d_sent, None, None, None
-
-
-def _tiles(query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Slices of images and of children that make about TILE pairs."""
-    batch, heads, children, _ = query.shape
-    row = max(1, heads * key.shape[2])
-    images, rows = max(1, TILE // (row * max(1, children))), max(16, TILE // row)
-    for image in range(0, batch, images):
-        for child in range(0, children, rows):
-            yield slice(image, image + images), slice(child, min(children, child + rows))
-
-
-def _tile(query, key, parent_mask, causal, scale, images: slice, rows: slice) -> Tensor:
-    """A of some images and children, in one buffer."""
-    wide = accumulation_dtype(query.dtype)
-    scores = (query[images, :, rows].to(wide) * scale) @ key[images].to(wide).mT
-    some_mask = None if parent_mask is None else parent_mask[images]
-    hidden = _hidden(some_mask, causal, rows, query.shape[2], key.shape[2], query.device)
-    if hidden is None:
-        return torch.softmax(scores, -1, out=scores)
-    shares = torch.softmax(scores.masked_fill_(hidden, -math.inf), -1, out=scores)
-    return shares.masked_fill_(hidden, 0)
 
 
 def _check(

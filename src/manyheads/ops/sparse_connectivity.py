@@ -188,7 +188,9 @@ def pair_index(
         index = select_top_tokens(scores, budget) if budget else scores.new_zeros((*scores.shape[:3], 0)).long()
     else:
         above = scores > rule.score_threshold
-        longest = int(above.sum(-1).max()) if above.numel() else 0
+        longest = tokens
+        if above.numel() and not torch.compiler.is_compiling():  # a compiled graph cannot look at the data
+            longest = int(above.sum(-1).max())
         positions = torch.arange(tokens, device=scores.device).where(above, tokens)
         index = positions.sort(-1).values[..., :longest]
         index = index.masked_fill(index == tokens, -1)
@@ -229,9 +231,9 @@ def sparse_attention(
         value: (batch, heads, N, value_dim).
         index: (batch, heads, N - 1, selected), see ``pair_index``; entries of -1 name no key.
         scale: factor on the scores, None for ``head_dim ** -0.5``.
-        backend: "gather" (only the listed pairs are computed: 2 N k head_dim multiply-adds a head), "dense" (all
-            pairs, then masked), "reference" (the same as written) or "auto": "gather" on a GPU and from
-            ``GATHER_FROM`` tokens on elsewhere, because fused dense products are faster on few tokens.
+        backend: "gather" (only the listed pairs count; see ``manyheads.engines.select``), "dense" (all pairs, then
+            masked), "reference" (the same as written) or "auto": "gather" on a GPU, and elsewhere from as many tokens
+            as ``GATHER_FROM`` says, because on fewer dense products, and their gradients, are as fast.
 
     Tokens that list nothing give zeros.
 
@@ -254,7 +256,8 @@ def sparse_attention(
             f"{tuple(index.shape)}"
         )
     if backend == "auto":
-        backend = "gather" if query.is_cuda or query.shape[2] >= GATHER_FROM else "dense"
+        learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+        backend = "gather" if query.is_cuda or query.shape[2] >= GATHER_FROM[learns] else "dense"
     if backend == "gather":
         first = attention(query[:, :, :1], key, value, scale=scale)
         others = select_attention(query[:, :, 1:], key, value, index, scale=scale)
@@ -320,7 +323,7 @@ def sparsities(prediction: Prediction, mask: Tensor) -> dict[str, Tensor]:
     return {name: (matrix == 0).float().mean() for name, matrix in named.items()}
 
 
-GATHER_FROM = 4096
+GATHER_FROM = {False: 64, True: 1024}  # without gradients and with them, measured on CPUs
 
 
 def _alone(out: Tensor | tuple[Tensor, Tensor]) -> Tensor:

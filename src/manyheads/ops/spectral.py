@@ -83,7 +83,7 @@ def resize_filter(weight: Float[Tensor, "X Y2 channels 2"], grid: tuple[int, int
         return weight
     image = weight.flatten(2).permute(2, 0, 1)[None].float()
     resized = F.interpolate(image, size=size, mode="bicubic", align_corners=True)[0].permute(1, 2, 0)
-    return resized.unflatten(-1, weight.shape[2:]).to(weight.dtype)
+    return resized.unflatten(-1, weight.shape[2:]).to(weight.dtype).contiguous()
 
 
 def _fft(x: Tensor, filter: Tensor) -> Tensor:

@@ -8,13 +8,22 @@ without shifts and position bias it is the spatial half of DaViT, arXiv 2204.036
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from manyheads.engines.common import accumulation_dtype, check_choice, check_qkv, repeat_heads, resolve_scale
+from manyheads.engines.common import (
+    accumulation_dtype,
+    check_choice,
+    check_qkv,
+    repeat_heads,
+    resolve_scale,
+    shares_keys,
+)
 
 
 def window_attention(
@@ -86,6 +95,23 @@ def window_merge(windows: Tensor, window: int | tuple[int, int], grid: tuple[int
     return rearrange(windows, "(b nx ny) h (wx wy) d -> b h (nx wx) (ny wy) d", nx=down, ny=across, wx=tall, wy=wide)
 
 
+def window_means(tensor: Tensor, window: int | tuple[int, int]) -> Tensor:
+    """The mean of every window of maps (..., X, Y, dim), as (..., X / window, Y / window, dim).
+
+    Raises:
+        ValueError: windows that do not divide the map.
+
+    >>> window_means(torch.arange(8.0).view(2, 4, 1), 2).flatten().tolist()
+    [2.5, 4.5]
+    """
+    tall, wide = _sizes(window, tensor.shape[-3:-1])
+    # Whole rows are added, then whole columns: torch's mean over two inner axes takes ten times as long on a CPU.
+    total = tensor.to(accumulation_dtype(tensor.dtype))
+    total = functools.reduce(torch.add, total.unflatten(-3, (tensor.shape[-3] // tall, tall)).unbind(-3))
+    total = functools.reduce(torch.add, total.unflatten(-2, (tensor.shape[-2] // wide, wide)).unbind(-2))
+    return (total / (tall * wide)).to(tensor.dtype)
+
+
 def _sizes(window: int | tuple[int, int], grid: tuple[int, ...]) -> tuple[int, int]:
     tall, wide = (window, window) if isinstance(window, int) else window
     if tall < 1 or wide < 1:
@@ -109,5 +135,5 @@ def _reference(query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None, s
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None, scale: float) -> Tensor:
-    grouped = query.shape[1] != key.shape[1]
+    grouped = shares_keys(query, key)
     return scaled_dot_product_attention(query, key, value, attn_mask=keys, scale=scale, enable_gqa=grouped)

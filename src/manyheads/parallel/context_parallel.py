@@ -65,9 +65,10 @@ def context_parallel(
 
     Args:
         model: a Hugging Face causal language model whose attention goes through ``AttentionInterface`` (also wrapped by
-            PEFT), or a module whose only mixing of tokens is in the library's linear layers (TNLAttention) and whose
-            tensor arguments are (batch, N, ...). In a Hugging Face model linear layers may take the place of some
-            attentions. DistributedDataParallel may wrap it before or after, ``fully_shard`` before.
+            PEFT; sliding windows, soft caps and sinks are known), or a module whose only mixing of tokens is in the
+            library's linear layers (TNLAttention) and whose tensor arguments are (batch, N, ...). In a Hugging Face
+            model linear layers may take the place of some attentions. DistributedDataParallel may wrap it before or
+            after, ``fully_shard`` before.
         mesh: DeviceMesh, process group, or None for all ranks.
         dim: the dimension of a mesh of several over which the sequence is sharded.
         method: "ring" (ring attention), "token_ring" (TokenRing) or "lasp2h" (gathered keys and values); linear layers
@@ -86,8 +87,8 @@ def context_parallel(
     Raises:
         TypeError: a model without attention that can be sharded.
         ValueError: an unknown method, layout or dimension; while the model runs, on all ranks: tokens that do not
-            divide, inputs that differ between ranks, attention that the schemes lack (sliding windows shorter than the
-            sequence, dropout, soft caps), a cache.
+            divide, inputs that differ between ranks, attention that the schemes lack (dropout, position biases,
+            chunks), tokens that meet outside attention (convolutions, recurrent layers), a cache.
         RankError: a rank died, stalls or failed; the message names it.
 
     Source: arXiv 2105.13120, section 3; arXiv 2412.20501; arXiv 2502.07563, section 3.5.
@@ -154,6 +155,7 @@ class ContextParallel:
         self._others, self._gradients, self._gather_logits = others, gradients, gather_logits
         self._signature = inspect.signature(model.forward)
         self._batch: _Batch | None = None
+        self._attended = False
         self._labels: tuple[Tensor, Any] | None = None
         self._attached: ExitStack | None = None
 
@@ -267,7 +269,7 @@ class ContextParallel:
                 given["position_ids"] = self.shard(given["position_ids"])
             if self._accepts("use_cache"):
                 given["use_cache"] = False
-        self._batch = _Batch(tokens, cu_seqlens, key_mask)
+        self._batch, self._attended = _Batch(tokens, cu_seqlens, key_mask), False
         if _recomputes(model) and self._accepts("context_parallel"):
             # Recomputed in the backward pass, when the model may have seen another batch.
             given["context_parallel"] = self._batch
@@ -294,14 +296,16 @@ class ContextParallel:
             )
         if not isinstance(given.get("logits_to_keep", 0), int) or given.get("logits_to_keep", 0):
             raise ValueError("logits_to_keep counts from the end of the sequence, which only one rank holds")
-        if given.get("output_router_logits"):
+        owner = seams.pretrained(self.model)
+        routed = getattr(owner and owner.config.get_text_config(), "output_router_logits", False)
+        if given["output_router_logits"] if given.get("output_router_logits") is not None else routed:
             raise ValueError("output_router_logits: the routers' loss is not summed over the ranks")
         for label in ("labels", "shift_labels"):
             labels = given.get(label)
             if labels is not None and labels.shape != tensor.shape[:2]:
                 raise ValueError(f"{label} must have shape {tuple(tensor.shape[:2])}, got {tuple(labels.shape)}")
-        owner = seams.pretrained(self.model)
         if owner is not None:
+            seams.check_mixers(owner, tokens)
             if not self._accepts("position_ids"):
                 raise ValueError(f"{type(self.model).__name__} takes no position_ids, so its tokens cannot be sharded")
             _check_rotary(owner.config.get_text_config(), tokens)
@@ -316,6 +320,10 @@ class ContextParallel:
     def _leave_model(self, model: nn.Module, args: tuple, options: dict[str, Any], output: Any) -> Any:
         labels, self._labels = self._labels, None
         loss = None
+        if not self._attended:
+            raise ValueError(
+                f"{type(model).__name__} never called its attention: its tokens meet elsewhere, or nowhere"
+            )
         if isinstance(output, Tensor):
             if labels is not None:
                 return self.loss(output, labels[0], shifted=labels[1][0], count=labels[1][1])
@@ -340,25 +348,29 @@ class ContextParallel:
             self._wire._post({"error": f"{type(problem).__name__}: {problem}"})
 
     def _softmax(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None, passed: _Batch | None
-    ) -> Tensor:
-        batch = passed or self._batch
+        self, query: Tensor, key: Tensor, value: Tensor, given: seams.Given, passed: _Batch | None
+    ) -> Tensor:  # fmt: skip
+        batch, self._attended = passed or self._batch, True
         if batch is None:
             raise RuntimeError(
                 "the inner parts of a sharded model, or a model that shares its configuration object, were called: "
                 "call the model that was attached to"
             )
-        if window is not None and window < batch.tokens:
-            raise ValueError(f"a layer attends within a sliding window of {window} of the {batch.tokens} tokens")
-        return METHODS[self.method](
-            query, key, value, group=self.group, causal=True, scale=scale, layout=self.layout,
-            cu_seqlens=batch.cu_seqlens, key_mask=batch.key_mask, timeout=self.timeout,
+        out, lse = METHODS[self.method](
+            query, key, value, group=self.group, causal=True, layout=self.layout, cu_seqlens=batch.cu_seqlens,
+            scale=None if given.scale is None else float(given.scale), window=given.window, softcap=given.softcap,
+            key_mask=batch.key_mask, return_lse=True, timeout=self.timeout,
         )  # fmt: skip
+        if given.sinks is None:
+            return out
+        # A sink adds e^s to the softmax's denominator: of e^l, what it leaves is sigmoid(l - s).
+        return out * torch.sigmoid(lse - given.sinks.to(lse.dtype)[:, None])[..., None].to(out.dtype)
 
     def _linear(
         self, query: Tensor, key: Tensor, value: Tensor, *, slopes: Tensor, initial_state: Tensor | None, backend: str,
         return_state: bool = False,
     ) -> Any:  # fmt: skip
+        self._attended = True
         return lasp2(
             query, key, value, group=self.group, log_decay=-slopes, initial_state=initial_state,
             return_state=return_state, timeout=self.timeout,

@@ -311,7 +311,8 @@ class _Exchange:
                 self.known = [total for _, total in parts]
         self.before = before
         recorder.keep("prefix_state", 0, before)
-        return before, final if self.final else final.new_zeros(())
+        # Two outputs of a function must be two tensors: the gradients of one would arrive as the other's.
+        return before, final.clone() if self.final else final.new_zeros(())
 
     def post_gradient(self, grad: Tensor, grad_final: Tensor) -> None:
         """Send off this rank's dP (and that of the final state)."""

@@ -37,6 +37,8 @@ def lasp2h(
     cu_seqlens_key: Any = None,
     per_sequence: bool = False,
     key_mask: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
     return_lse: bool = False,
     timeout: int | float = TIMEOUT,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -56,6 +58,8 @@ def lasp2h(
         cu_seqlens_key: cumulative lengths of the keys' sequences, in cross attention.
         per_sequence: every packed sequence was laid out by itself.
         key_mask: boolean (batch, keys of all ranks); False hides a key.
+        window: with ``causal``, a query sees its own key and the ``window - 1`` before it, in tokens of the sequence.
+        softcap: c, the softmax is over ``c tanh(score / c)`` as in Gemma 2; None for the scores themselves.
         return_lse: also return the natural log of the softmax denominator.
         timeout: seconds after which a rank that does not answer is an error.
 
@@ -78,6 +82,7 @@ def lasp2h(
     out, lse = eager(_call)(
         query, key, value, group, timeout, causal=causal, scale=scale, layout=layout, cu_seqlens=cu_seqlens,
         cu_seqlens_key=cu_seqlens_key, per_sequence=per_sequence, key_mask=key_mask,
+        window=window, softcap=softcap,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -103,8 +108,8 @@ class _Gathered(torch.autograd.Function):
                 owner = (wire.rank - distance) % wire.world  # the own block needs nothing from the others
                 held = [key, value] if distance == 0 else unpack(gathered[owner], key, value)
                 some = plan.tiles(wire.rank, owner)
-                blocks.forward(query, held, some, plan.scale, plan.mask(owner), out, lse)
-                recorder.count_pairs(wire.call, distance, blocks.pairs(some))
+                blocks.forward(query, held, some, plan.scale, plan.mask(owner), out, lse, plan.softcap)
+                recorder.count_pairs(wire.call, distance, some)
                 if distance == 0:
                     pending.wait()
         out = out.to(query.dtype)
@@ -123,9 +128,11 @@ class _Gathered(torch.autograd.Function):
             for owner in range(wire.world):
                 blocks.backward(
                     query, unpack(gathered[owner], key, value), grad, lse, shift, plan.tiles(wire.rank, owner),
-                    plan.scale, plan.mask(owner), d_query, unpack(shares[owner], key, value),
+                    plan.scale, plan.mask(owner), d_query, unpack(shares[owner], key, value), plan.softcap,
                 )  # fmt: skip
-                recorder.keep("partial_grad_key", owner, unpack(shares[owner], key, value)[0])
+                if recorder.keeping():
+                    for name, part in zip(("key", "value"), unpack(shares[owner], key, value)):
+                        recorder.keep(f"partial_grad_{name}", owner, part)
             own, pending = wire.reduce_scatter(shares, "gradient of key, value")
             pending.wait()
         d_key, d_value = unpack(own, key, value)

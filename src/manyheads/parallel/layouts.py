@@ -158,8 +158,12 @@ def shard(
     tensor([0, 1, 6, 7])
     """
     _check_rank(rank, world)
-    options: dict[str, Any] = dict(layout=layout, cu_seqlens=cu_seqlens, per_sequence=per_sequence, ulysses=ulysses)
-    index = token_index(tensor.shape[dim], world, **options)[rank]
+    tokens, borders = tensor.shape[dim], cumulative_lengths(cu_seqlens)
+    if ulysses == 1:
+        index = rank_index(tokens, world, rank, layout, borders, per_sequence)
+    else:
+        options: dict[str, Any] = dict(layout=layout, cu_seqlens=borders, per_sequence=per_sequence, ulysses=ulysses)
+        index = token_index(tokens, world, **options)[rank]
     return tensor.index_select(dim, index.to(tensor.device))
 
 
@@ -201,6 +205,13 @@ def unshard(
     options: dict[str, Any] = dict(layout=layout, cu_seqlens=cu_seqlens, per_sequence=per_sequence, ulysses=ulysses)
     index = token_index(joined.shape[dim], len(shards), **options)
     return joined.index_select(dim, index.flatten().argsort().to(joined.device))
+
+
+def rank_index(
+    tokens: int, world: int, rank: int, layout: str, cu_seqlens: Sequence[int] | None = None, per_sequence: bool = False
+) -> Tensor:
+    """A rank's row of :func:`token_index`, without those of the others."""
+    return _index(runs(tokens, world, rank, layout, cu_seqlens, per_sequence))
 
 
 def runs(

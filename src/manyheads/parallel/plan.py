@@ -2,55 +2,95 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from manyheads.engines.common import check_qkv, resolve_scale
-from manyheads.parallel.blocks import Tile, tiles
-from manyheads.parallel.layouts import cumulative_lengths, runs, token_index
+from manyheads.parallel.blocks import Tile, span, tiles
+from manyheads.parallel.layouts import cumulative_lengths, rank_index, runs
 from manyheads.parallel.wire import Wire
+
+
+class Pairs(NamedTuple):
+    """Everything that says which queries of which rank see which keys of which: what it gives is computed once."""
+
+    world: int
+    queries: int
+    keys: int
+    causal: bool
+    layout: str
+    cu_query: tuple[int, ...] | None
+    cu_key: tuple[int, ...] | None
+    per_sequence: bool
+    window: int | None
 
 
 @dataclass
 class Plan:
     """Which keys of which rank the queries of a rank see."""
 
-    world: int
-    queries: int
-    keys: int
-    causal: bool
+    pairs: Pairs
     scale: float
-    layout: str
-    cu_query: list[int] | None
-    cu_key: list[int] | None
-    per_sequence: bool
+    softcap: float | None
     key_mask: Tensor | None
 
-    def tiles(self, owner: int, holder: int) -> list[Tile]:
+    @property
+    def queries(self) -> int:
+        """Queries of a rank."""
+        return self.pairs.queries
+
+    @property
+    def causal(self) -> bool:
+        """Whether later keys are hidden."""
+        return self.pairs.causal
+
+    def tiles(self, owner: int, holder: int) -> Sequence[Tile]:
         """The pairs of rank ``owner``'s queries and rank ``holder``'s keys that attend."""
-        rows = runs(self.queries * self.world, self.world, owner, self.layout, self.cu_query, self.per_sequence)
-        columns = runs(self.keys * self.world, self.world, holder, self.layout, self.cu_key, self.per_sequence)
-        return tiles(rows, columns, self.causal)
+        return _tiles(self.pairs, owner, holder)
+
+    def needed(self, owner: int, hop: int, way: int) -> slice:
+        """Rank ``owner``'s rows that the ranks from ``hop`` places away on, one way round, attend with."""
+        return _needed(self.pairs, owner, way)[hop]
 
     def mask(self, holder: int) -> Tensor | None:
         """Which of rank ``holder``'s keys are real, (batch, keys)."""
         if self.key_mask is None:
             return None
-        tokens, per_sequence = self.keys * self.world, self.per_sequence
-        index = token_index(tokens, self.world, layout=self.layout, cu_seqlens=self.cu_key, per_sequence=per_sequence)[
-            holder
-        ]
+        p = self.pairs
+        index = rank_index(p.keys * p.world, p.world, holder, p.layout, p.cu_key, p.per_sequence)
         return self.key_mask[:, index.to(self.key_mask.device)]
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _tiles(p: Pairs, owner: int, holder: int) -> tuple[Tile, ...]:
+    rows = runs(p.queries * p.world, p.world, owner, p.layout, p.cu_query, p.per_sequence)
+    columns = runs(p.keys * p.world, p.world, holder, p.layout, p.cu_key, p.per_sequence)
+    return tuple(tiles(rows, columns, p.causal, p.window))
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _needed(p: Pairs, owner: int, way: int) -> list[slice]:
+    """By hop, the rows that this rank on the journey or one after it attends with."""
+    rows, found = slice(0, 0), []
+    for hop in range(p.world - 1, -1, -1):
+        here = span(_tiles(p, owner, (owner + way * hop) % p.world))
+        if here.stop > here.start:
+            rows = here if rows.stop == rows.start else slice(min(here.start, rows.start), max(here.stop, rows.stop))
+        found.append(rows)
+    return found[::-1]
 
 
 def make_plan(
     query: Tensor, key: Tensor, value: Tensor, *, wire: Wire, causal: bool, scale: float | None, layout: str,
-    cu_seqlens: Any, cu_seqlens_key: Any, per_sequence: bool, key_mask: Tensor | None,
+    cu_seqlens: Any, cu_seqlens_key: Any, per_sequence: bool, key_mask: Tensor | None, window: int | None,
+    softcap: float | None,
 ) -> Plan:  # fmt: skip
     """Check this rank's arguments; ValueError or TypeError says what does not fit."""
     check_qkv(query, key, value)
@@ -60,6 +100,12 @@ def make_plan(
         raise ValueError(f"scale must be finite, got {scale}")
     if causal and queries != keys:
         raise ValueError(f"causal attention needs as many keys as queries on a rank, got {keys} and {queries}")
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1 or not causal):
+        raise ValueError(f"window must be a positive number of tokens, with causal=True; got {window!r}, {causal=}")
+    if window is not None and window >= queries * world:
+        window = None
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, got {softcap}")
     if layout != "contiguous" and not causal:
         raise ValueError(
             f"layout={layout!r} balances causal attention: without causal=True every rank has the same work, take "
@@ -86,9 +132,10 @@ def make_plan(
                 f"{key_mask.dtype} {tuple(key_mask.shape)}"
             )
         key_mask = key_mask.to(key.device)
-    plan = Plan(world, queries, keys, causal, scale, layout, cu_query, cu_key, per_sequence, key_mask)
-    plan.tiles(wire.rank, wire.rank)
-    return plan
+    of_queries, of_keys = (None if cu is None else tuple(cu) for cu in (cu_query, cu_key))
+    pairs = Pairs(world, queries, keys, causal, layout, of_queries, of_keys, per_sequence, window)
+    _tiles(pairs, wire.rank, wire.rank)  # raises where tokens do not divide
+    return Plan(pairs, scale, softcap, key_mask)
 
 
 def shared(plan: Plan, query: Tensor, key: Tensor, value: Tensor) -> dict[str, Any]:
@@ -102,10 +149,12 @@ def shared(plan: Plan, query: Tensor, key: Tensor, value: Tensor) -> dict[str, A
         "dtype": str(query.dtype),
         "causal": plan.causal,
         "scale": plan.scale,
-        "layout": plan.layout,
-        "cu_seqlens": plan.cu_query,
-        "cu_seqlens_key": plan.cu_key,
-        "per_sequence": plan.per_sequence,
+        "softcap": plan.softcap,
+        "layout": plan.pairs.layout,
+        "window": plan.pairs.window,
+        "cu_seqlens": plan.pairs.cu_query,
+        "cu_seqlens_key": plan.pairs.cu_key,
+        "per_sequence": plan.pairs.per_sequence,
         "key_mask": None if mask is None else zlib.crc32(mask.cpu().numpy().tobytes()),
         "whether gradients are wanted": learns,
     }

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -111,7 +112,7 @@ def keep(name: str, step: int, tensor: Tensor) -> None:
             log.kept[name, step] = tensor.detach().clone()
 
 
-def count_pairs(call: str, step: int, pairs: int) -> None:
-    """Add query-key pairs computed at a step."""
+def count_pairs(call: str, step: int, some: Sequence[Any]) -> None:
+    """Add the query-key pairs of tiles that are computed at a step; counted only where somebody records."""
     for log in _OPEN:
-        log.pairs[call, step] = log.pairs.get((call, step), 0) + pairs
+        log.pairs[call, step] = log.pairs.get((call, step), 0) + sum(tile.pairs for tile in some)

@@ -42,6 +42,8 @@ def ring_self_attention(
     cu_seqlens_key: Any = None,
     per_sequence: bool = False,
     key_mask: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
     return_lse: bool = False,
     timeout: int | float = TIMEOUT,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -64,6 +66,8 @@ def ring_self_attention(
         per_sequence: every packed sequence was laid out by itself, see :func:`manyheads.parallel.layouts.token_index`.
         key_mask: boolean (batch, keys of all ranks) in the order of the sequence, the same on all ranks; False hides a
             key, of a padded token for example.
+        window: with ``causal``, a query sees its own key and the ``window - 1`` before it, in tokens of the sequence.
+        softcap: c, the softmax is over ``c tanh(score / c)`` as in Gemma 2; None for the scores themselves.
         return_lse: also return the natural log of the softmax denominator.
         timeout: seconds after which a rank that does not answer is an error.
 
@@ -91,6 +95,7 @@ def ring_self_attention(
     out, lse = eager(_call)(
         query, key, value, group, timeout, causal=causal, scale=scale, layout=layout, cu_seqlens=cu_seqlens,
         cu_seqlens_key=cu_seqlens_key, per_sequence=per_sequence, key_mask=key_mask,
+        window=window, softcap=softcap,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -132,11 +137,11 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, wire: Wire, plan: Plan) 
     for owner, held in wire.travel(pack(key, value), "key, value"):
         some = plan.tiles(wire.rank, owner)
         block = (query, unpack(held, key, value), some, plan.scale, plan.mask(owner))
-        blocks.forward(*block, out, lse)
-        recorder.count_pairs(wire.call, wire.step, blocks.pairs(some))
+        blocks.forward(*block, out, lse, plan.softcap)
+        recorder.count_pairs(wire.call, wire.step, some)
         if recorder.keeping():
             part = blocks.empty(query, value.shape[-1])
-            blocks.forward(*block, *part)
+            blocks.forward(*block, *part, plan.softcap)
             recorder.keep("partial_out", wire.step, part[0])
             recorder.keep("partial_lse", wire.step, part[1])
     return out, lse
@@ -151,7 +156,7 @@ def _backward(query, key, value, grad, lse, shift, wire: Wire, plan: Plan) -> tu
         share.zero_()
         blocks.backward(
             query, unpack(held, key, value), grad, lse, shift, plan.tiles(wire.rank, owner), plan.scale,
-            plan.mask(owner), d_query, unpack(share, key, value),
+            plan.mask(owner), d_query, unpack(share, key, value), plan.softcap,
         )  # fmt: skip
         if following is not None:
             following.wait()

@@ -11,7 +11,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 _PREFIX = "manyheads_context_parallel_"
 _NUMBER = itertools.count()
 # What transformers hands to attention functions of some models, and a sharded softmax does not compute.
-_UNKNOWN = ("softcap", "s_aux", "position_bias", "alibi", "head_mask")
+_UNKNOWN = ("position_bias", "alibi", "head_mask")
+# Kinds of layers, in configurations, whose tokens meet in attention alone.
+_KNOWN_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
 
 
 def pretrained(model: nn.Module) -> Any:
@@ -46,11 +48,44 @@ def linear_layers(model: nn.Module) -> list[TNLAttention]:
     return [part for part in parts if isinstance(part, module.TNLAttention)]
 
 
+class Given(NamedTuple):
+    """What a model's layer tells its attention function.
+
+    Attributes:
+        scale: factor on the scores, None for ``head_dim ** -0.5``.
+        window: tokens that a query sees, its own included; None for all before it.
+        softcap: the scores' soft cap, None for none.
+        sinks: (heads,), a logit for each head that takes part in the softmax without a value; None for none.
+    """
+
+    scale: float | None
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+
+
+def check_mixers(owner: Any, tokens: int) -> None:
+    """Raise ValueError where tokens meet in a Hugging Face model elsewhere than in attention that can be replaced."""
+    config, ours = owner.config.get_text_config(), {id(part) for one in linear_layers(owner) for part in one.modules()}
+    kinds = set(getattr(config, "layer_types", None) or ()) - set(_KNOWN_LAYERS)
+    if kinds:
+        raise ValueError(f"{type(owner).__name__} has layers of kind {', '.join(sorted(map(str, kinds)))}, whose "
+                         "tokens meet outside its attention: its sequence cannot be sharded")  # fmt: skip
+    for name, part in owner.named_modules():
+        if isinstance(part, nn.Conv1d | nn.RNNBase) and id(part) not in ours:
+            raise ValueError(f"{name} ({type(part).__name__}) mixes tokens outside the attention of "
+                             f"{type(owner).__name__}: its sequence cannot be sharded")  # fmt: skip
+    chunk = getattr(config, "attention_chunk_size", None)
+    if chunk is not None and chunk < tokens:
+        raise ValueError(f"{type(owner).__name__} attends within chunks of {chunk} of the {tokens} tokens, which a "
+                         "sharded softmax lacks")  # fmt: skip
+
+
 @contextmanager
 def softmax_attention(owner: Any, compute: Callable[..., Tensor]) -> Iterator[None]:
-    """Let ``compute(query, key, value, scale, window, passed)`` be the attention of a Hugging Face model.
+    """Let ``compute(query, key, value, given, passed)`` be the attention of a Hugging Face model.
 
-    ``window`` is that of sliding-window layers or None; ``passed`` is the keyword argument ``context_parallel`` of the
+    ``given`` says how it attends, see :class:`Given`; ``passed`` is the keyword argument ``context_parallel`` of the
     model's call, where there was one and the model hands it on.
     """
     from transformers import AttentionInterface  # seconds to import, for those who shard no model
@@ -73,9 +108,10 @@ def softmax_attention(owner: Any, compute: Callable[..., Tensor]) -> Iterator[No
         for option in _UNKNOWN:
             if options.get(option) is not None:
                 raise ValueError(f"{type(module).__name__} attends with {option!r}, which a sharded softmax lacks")
-        scale, window, passed = (options.get(name) for name in ("scaling", "sliding_window", "context_parallel"))
-        out = compute(query, key, value, None if scale is None else float(scale), window, passed)
-        return out.transpose(1, 2), None
+        if isinstance(attention_mask, Tensor):
+            raise ValueError(f"{type(module).__name__} makes a mask of its own, which a sharded softmax does not know")
+        given = Given(*(options.get(name) for name in ("scaling", "sliding_window", "softcap", "s_aux")))
+        return compute(query, key, value, given, options.get("context_parallel")).transpose(1, 2), None
 
     # No mask function under this name: transformers then builds no mask, and causality is the scheme's.
     AttentionInterface.register(name, attend)

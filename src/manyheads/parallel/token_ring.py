@@ -53,6 +53,8 @@ def token_ring(
     cu_seqlens_key: Any = None,
     per_sequence: bool = False,
     key_mask: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
     float32_outputs: bool = False,
     return_lse: bool = False,
     timeout: int | float = TIMEOUT,
@@ -72,6 +74,8 @@ def token_ring(
         cu_seqlens_key: cumulative lengths of the keys' sequences, in cross attention.
         per_sequence: every packed sequence was laid out by itself.
         key_mask: boolean (batch, keys of all ranks); False hides a key.
+        window: with ``causal``, a query sees its own key and the ``window - 1`` before it, in tokens of the sequence.
+        softcap: c, the softmax is over ``c tanh(score / c)`` as in Gemma 2; None for the scores themselves.
         float32_outputs: send partial outputs in float32 instead of the dtype of the query: twice the bytes for
             bfloat16, one rounding less.
         return_lse: also return the natural log of the softmax denominator.
@@ -99,6 +103,7 @@ def token_ring(
     out, lse = eager(_call)(
         query, key, value, group, timeout, float32_outputs, causal=causal, scale=scale, layout=layout,
         cu_seqlens=cu_seqlens, cu_seqlens_key=cu_seqlens_key, per_sequence=per_sequence, key_mask=key_mask,
+        window=window, softcap=softcap,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -146,8 +151,9 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, wire: Wire, plan: Plan, 
 
     def compute(step: int, held: list[Tensor], some: list[Tile], rows: slice) -> list[Tensor]:
         part, part_lse = blocks.empty(held[0], value.shape[-1])
-        blocks.forward(held[0], (key, value), some, plan.scale, plan.mask(wire.rank), part, part_lse)
-        recorder.count_pairs(wire.call, step, blocks.pairs(some))
+        blocks.forward(held[0], (key, value), some, plan.scale, plan.mask(wire.rank), part, part_lse,
+                       plan.softcap)  # fmt: skip
+        recorder.count_pairs(wire.call, step, some)
         if recorder.keeping():
             whole = blocks.empty(query, value.shape[-1])
             whole[0][:, :, rows], whole[1][:, :, rows] = part, part_lse
@@ -172,7 +178,7 @@ def _backward(query, key, value, grad, lse, shift, wire: Wire, plan: Plan) -> tu
         some_lse, some_shift, some_query, some_grad = held
         part = torch.zeros(some_query.shape, dtype=lse.dtype, device=query.device)
         blocks.backward(some_query, (key, value), some_grad, some_lse, some_shift, some, plan.scale,
-                        plan.mask(wire.rank), part, (d_key, d_value))  # fmt: skip
+                        plan.mask(wire.rank), part, (d_key, d_value), plan.softcap)  # fmt: skip
         return [part]
 
     def absorb(rows: slice, arrived: list[Tensor]) -> None:
@@ -194,13 +200,9 @@ def _circulate(
 
     def rows_of(owner: int, hop: int) -> slice:
         """The rows that the rank at this hop of their journey, or one after it, still needs."""
-        if hop == 0:
-            return slice(0, plan.queries)
-        spans = [blocks.span(plan.tiles(owner, (owner + way * h) % world)) for h in range(hop, world)]
-        used = [s for s in spans if s.stop > s.start]
-        return slice(min((s.start for s in used), default=0), max((s.stop for s in used), default=0))
+        return slice(0, plan.queries) if hop == 0 else plan.needed(owner, hop, way)
 
-    held, result = travelling, []
+    held, whole, result = travelling, None, []
     for step in range(world + 1):
         wire.step = step
         owner = (rank - way * step) % world  # whose queries are here at this step
@@ -208,7 +210,9 @@ def _circulate(
         if step < world - 1:
             here, next_here = rows_of(owner, step), rows_of((owner - way) % world, step + 1)
             going = _offset(rows_of(owner, step + 1), here.start)
-            sends.append((_bytes([t[:, :, going] for t in held]), (rank + way) % world, names[0]))
+            if whole is None or going != slice(0, held[0].shape[2]):  # a buffer that goes on whole is not packed again
+                whole = _bytes([t[:, :, going] for t in held])
+            sends.append((whole, (rank + way) % world, names[0]))
             size = next_here.stop - next_here.start
             moving = _room([(t.dtype, (*lead, size, *t.shape[3:])) for t in held], device)
             receives.append((moving[0], (rank - way) % world, names[0]))
@@ -227,7 +231,7 @@ def _circulate(
             if step == 0:
                 absorb(blocks.span(some), result)
         pending.wait()
-        held = moving[1] if moving else held
+        whole, held = moving or (None, held)
         if coming:
             absorb(own_rows, coming[1])
 

@@ -28,12 +28,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 
 from manyheads.data.language_models import load_language_model
 from manyheads.data.text import documentation_split
 from manyheads.engines.common import check_choice
-from manyheads.models.training import HISTORY, _check_same_run, _last_checkpoint, _on_cpu, _write
+from manyheads.models.runs import (
+    HISTORY,
+    KeepSettings,
+    checkpoint_to_resume,
+    common_arguments,
+    logged_losses,
+    on_cpu,
+    write_record,
+)
 from manyheads.parallel.context_parallel import METHODS, context_parallel
 from manyheads.parallel.wire import TIMEOUT, RankError, Wire, connect
 
@@ -133,7 +141,7 @@ def train_language(
     for name, value in (("epochs", epochs), ("batch_size", batch_size), ("steps", 1 if steps is None else steps)):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
-    use_cpu = _on_cpu(device)
+    use_cpu = on_cpu(device)
     set_seed(seed)
     network, tokenizer = load_language_model(model, dtype="float32")
     train, test = (_windows(tokenizer, text, length) for text in _texts(data))
@@ -150,39 +158,32 @@ def train_language(
         "model": model, "data": data, "processes": world, "ranks": ranks, "method": method, "length": length,
         "steps": total, "batch_size": batch_size, "lr": rate, "seed": seed, "dtype": dtype,
     }  # fmt: skip
-    last = _last_checkpoint(output)
-    if last is not None and not resume:
-        raise ValueError(f"{output} holds checkpoints of another run; choose another directory, or resume")
-    if last is not None:
-        _check_same_run(output, settings)
+    last = checkpoint_to_resume(output, settings, resume=resume)
     if use_cpu and world > 1 and not dist.is_initialized():
         # TrainingArguments would leave gloo its own limit of half an hour: it passes ddp_timeout on for GPUs only.
         dist.init_process_group("gloo", timeout=timedelta(seconds=max(1.0, float(timeout))))
-    arguments = TrainingArguments(
-        output_dir=str(output),
+    arguments = common_arguments(
+        output,
+        batch_size=batch_size,
+        lr=rate,
+        seed=seed,
+        dtype=dtype,
+        use_cpu=use_cpu,
+        processes=world,
+        progress=progress,
         max_steps=total,
-        per_device_train_batch_size=batch_size,
-        learning_rate=rate,
         lr_scheduler_type="cosine",
         warmup_steps=total // 20,
-        bf16=dtype == "bfloat16",
-        fp16=dtype == "float16",
-        use_cpu=use_cpu,
-        ddp_backend="gloo" if use_cpu and world > 1 else None,
         ddp_timeout=max(1, math.ceil(timeout)),
-        ddp_find_unused_parameters=False,
         average_tokens_across_devices=False,
-        seed=seed,
-        logging_strategy="steps",
         logging_steps=max(1, total // 50),
-        logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=save_steps or max(1, total // 10),
-        save_total_limit=2,
-        disable_tqdm=not progress,
-        report_to="none",
     )
-    trainer = _Trainer(model=network, args=arguments, train_dataset=train, callbacks=[_Record(settings), *callbacks])  # pyright: ignore[reportArgumentType]
+    windows: Any = train
+    trainer = _Trainer(
+        model=network, args=arguments, train_dataset=windows, callbacks=[KeepSettings(settings), *callbacks]
+    )
     trainer.order, trainer.ranks = order, ranks
     # The loss is a mean over all labels of the mesh already.
     trainer.model_accepts_loss_kwargs = False
@@ -194,7 +195,7 @@ def train_language(
     result = LanguageTraining(
         model=model,
         output=str(output),
-        losses=[(int(entry["step"]), float(entry["loss"])) for entry in history if "loss" in entry],
+        losses=logged_losses(history),
         test_loss=test_loss,
         steps=int(trainer.state.global_step),
         resumed_from=None if last is None else str(last),
@@ -204,7 +205,7 @@ def train_language(
     if result.is_main_process:
         network.save_pretrained(output)
         tokenizer.save_pretrained(output)
-        _write(output / HISTORY, result.to_dict())
+        write_record(output / HISTORY, result.to_dict())
     return result
 
 
@@ -221,18 +222,6 @@ class _Trainer(Trainer):
         repeated = [batch for batch in batches for _ in range(self.ranks)]
         dataset: Any = self.train_dataset
         return self.accelerator.prepare(DataLoader(dataset, batch_sampler=repeated, collate_fn=_collate))  # pyright: ignore[reportArgumentType]
-
-
-class _Record(TrainerCallback):
-    """Keep the settings beside the checkpoints, to tell another run from a resumption."""
-
-    def __init__(self, settings: dict[str, Any]) -> None:
-        self.settings = settings
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            _write(Path(args.output_dir) / "settings.json", self.settings)
 
 
 def _texts(data: str) -> tuple[str, str]:

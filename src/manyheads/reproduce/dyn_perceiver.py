@@ -258,7 +258,7 @@ CLAIMS = (
         "(mean of 2 seeds), refuted when none takes fewer, inconclusive between.",
         run=early_exits_save_operations,
         full_scale="manyheads evaluate dyn_perceiver_mobilenet_v3_0x75 --data imagenet --exits --checkpoint "
-        "mobilenetV3_0x75.pth",
+        "mobilenetV3_0x75.pth#model_ema",
     ),
     Claim(
         system="dyn_perceiver",
@@ -279,6 +279,6 @@ CLAIMS = (
         rule="Here only sizes and operations can be counted: refuted when a parameter count is more than 1,000 or the "
         "operations more than 1% off, else inconclusive.",
         run=published_sizes,
-        full_scale="manyheads evaluate dyn_perceiver_regnet_y_800mf --data imagenet --checkpoint reg800m.pth",
+        full_scale="manyheads evaluate dyn_perceiver_regnet_y_800mf --data imagenet --checkpoint reg800m.pth#model_ema",
     ),
 )

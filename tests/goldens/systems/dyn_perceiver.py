@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from manyheads.layers.latent import CrossLayer, SelfLayer
+from manyheads.layers.latent import CrossLayer, LatentAttention, SelfLayer
 from manyheads.models.checkpoints import load_checkpoint
 from manyheads.models.vision.dyn_perceiver import DynPerceiver, checkpoint_filter_fn
 from manyheads.models.vision.dyn_perceiver_cnn import REGNETS
+from tests.goldens.systems._gradients import Computed, by_their_names, with_gradients
 from tests.goldens.systems._tensors import arrays, tensors, with_counters
 
 NAMES = ("y_early3", "y_att", "y_cnn", "y_merge")
@@ -23,56 +23,67 @@ FLAGS = {
 
 
 def run(config: dict, state: dict[str, np.ndarray], inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A model, or a layer; with the gradients of what is named "d" and an output's name."""
+    """A model (with a latent code), or a layer."""
     weights, given = tensors(state), tensors(inputs)
-    wanted = {name: value for name, value in given.items() if not name.startswith("d") and value.is_floating_point()}
-    asked = {name[1:]: value for name, value in given.items() if name.startswith("d")}
-    if asked:
-        for leaf in wanted.values():
-            leaf.requires_grad_()
-    outputs = _model(config, weights, given) if config["part"] == "model" else _layer(config, weights, given)
-    if asked:
-        torch.stack([(outputs[name] * gradient).sum() for name, gradient in asked.items()]).sum().backward()
-        outputs |= {f"d{name}": leaf.grad for name, leaf in wanted.items()}
-    return arrays(outputs)
+    compute = _model if "latent" in weights else _layer
+    return arrays(with_gradients(lambda given: compute(config, weights, given), given))
 
 
-def _layer(config: dict, weights: dict[str, Tensor], given: dict[str, Tensor]) -> dict[str, Tensor]:
-    widths = {"qk_dim": config.get("qk_channels"), "v_dim": config.get("v_channels")}
-    options = {"mlp_ratio": config.get("widening_factor", 1), **widths}
-    heads = config["num_heads"]
-    padding = given.get("pad_mask")
-    if "self" in config["part"]:
-        layer: nn.Module = SelfLayer(
-            config.get("num_channels", given.get("x", given.get("x_q")).shape[-1]), heads, **options
-        )
-        asks = [given.get("x", given.get("x_q"))]
+def _layer(config: dict, weights: dict[str, Tensor], given: dict[str, Tensor]) -> Computed:
+    """Which layer it is, and its widths, are read off its tensors; heads and table come from the config."""
+    padding = next((given[name].bool() for name in given if "mask" in name), None)
+    asked = given.get("x_q", given.get("x"))
+    attended = given.get("x_kv", asked)
+    assert asked is not None
+    assert attended is not None
+    (query,) = (value for name, value in weights.items() if name.endswith("q_proj.weight"))
+    (values,) = (value for name, value in weights.items() if name.endswith("v_proj.weight"))
+    table = next((value for name, value in weights.items() if name.endswith("relative_position_bias")), None)
+    options = {"qk_dim": len(query), "v_dim": len(values)}
+    heads, keys = config.get("num_heads", 1), None if table is None else table.shape[1]
+    hidden = weights.get("mlp.fc1.weight")
+    if hidden is None:
+        weights = {name.rpartition("attention.")[2]: value for name, value in weights.items()}
+        layer: nn.Module = LatentAttention(asked.shape[2], attended.shape[2], heads, keys=keys, **options)
+        arguments = (asked, attended)
     else:
-        keys = config["feat_w"] * config["feat_h"] if config.get("key_position_bias") else None
-        layer = CrossLayer(config["q_channels"], config["kv_channels"], heads, keys=keys, **options)
-        asks = [given["x_q"], given["x_kv"]]
-    load_checkpoint(layer, weights, checkpoint_filter_fn)
-    return {"y": layer.eval()(*asks, None if padding is None else padding.bool())}
+        ratio = len(hidden) // hidden.shape[1]
+        if any(name.startswith("self_attn.") for name in weights):
+            layer, arguments = SelfLayer(asked.shape[2], heads, mlp_ratio=ratio, **options), (asked,)
+        else:
+            layer = CrossLayer(asked.shape[2], attended.shape[2], heads, keys=keys, mlp_ratio=ratio, **options)
+            arguments = (asked, attended)
+    # The leading dot is what the rule for the table looks for.
+    converted = {name.removeprefix("."): value for name, value in checkpoint_filter_fn(
+        {f".{name}": value for name, value in weights.items()}, layer
+    ).items()}  # fmt: skip
+    load_checkpoint(layer, converted)
+    y = layer.eval()(*arguments, padding)
+    return {"y": y, "out": y}, by_their_names(layer, weights, converted)
 
 
-def _model(config: dict, weights: dict[str, Tensor], given: dict[str, Tensor]) -> dict[str, Tensor]:
+def _model(config: dict, weights: dict[str, Tensor], given: dict[str, Tensor]) -> Computed:
     cnn, width = _branch(weights)
     model = DynPerceiver(
         in_chans=given["image"].shape[1],
-        num_classes=config["num_classes"],
+        num_classes=config.get("num_classes", len(weights["early_classifier3.bias"])),
         cnn=cnn,
         width=width,
-        num_latents=config["num_latents"],
-        num_heads=config["num_SA_heads"],
-        mlp_ratio=config["SA_widening_factor"],
-        depth_factor=config["depth_factor"],
+        num_latents=weights["latent"].shape[0],
+        num_heads=config.get("num_SA_heads", (1, 2, 4, 8)),
+        mlp_ratio=config.get("SA_widening_factor", 4),
+        depth_factor=config.get("depth_factor", (1, 1, 1, 1)),
         cnn_classes=[value for name, value in weights.items() if name.startswith("classifier_cnn.")][-1].shape[0],
         **{ours: bool(config.get(theirs, True)) for theirs, ours in FLAGS.items()},
-    ).eval()
+    ).train(bool(config.get("training", False)))
+    converted = checkpoint_filter_fn(weights, model)
     # Cases leave out the counters, which the model keeps under other names.
-    weights = checkpoint_filter_fn(weights, model)
-    load_checkpoint(model, with_counters(weights, model))
-    return dict(zip(NAMES, model.forward_exits(given["image"]), strict=True))
+    load_checkpoint(model, with_counters(converted, model))
+    exits = dict(zip(NAMES, model.forward_exits(given["image"]), strict=True))
+    if config.get("exit") is not None and int(config["exit"]) >= 0:
+        # The ResNets' argument: the logits of one exit.
+        exits["y"] = list(exits.values())[int(config["exit"])]
+    return exits, by_their_names(model, weights, converted)
 
 
 def _branch(weights: dict[str, Tensor]) -> tuple[str, float]:
@@ -81,7 +92,6 @@ def _branch(weights: dict[str, Tensor]) -> tuple[str, float]:
     if "cnn_body_stage1.0.conv1.weight" in weights:
         return "resnet50", first / 64
     if any(name.startswith("cnn_body.block") for name in weights):
-        second = weights["self_att2.0.self_attn.norm.weight"].shape[0]
-        third = weights["self_att3.0.self_attn.norm.weight"].shape[0]
-        return next(name for name, (_, dims, _) in REGNETS.items() if dims[:2] == (second, third)), 1
+        dims = tuple(weights[f"self_att{s}.0.self_attn.norm.weight"].shape[0] for s in (2, 3, 4))
+        return next(name for name, (_, known, _) in REGNETS.items() if known[:3] == dims), 1
     return "mobilenet_v3", weights["classifier_cnn.0.weight"].shape[1] / 960

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch.nn.functional as F
 from torch import Tensor
 
 from manyheads.models.checkpoints import load_checkpoint
@@ -25,11 +26,18 @@ def _operator(config: dict, given: dict[str, Tensor]) -> dict[str, Tensor]:
     def attend(
         q: Tensor, k: Tensor, v: Tensor, rel_height: Tensor | None = None, rel_width: Tensor | None = None
     ) -> Tensor:
-        return halo_attention(
-            q, k, v, block=config["block_size"], halo=config["halo_size"], stride=config.get("stride", 1),
+        stride = config.get("stride", 1)
+        pool = stride == 2 and (config.get("avg_down") or config["block_size"] % 2 == 1)
+        out = halo_attention(
+            q, k, v, block=config["block_size"], halo=config["halo_size"], stride=1 if pool else stride,
             rel_height=rel_height, rel_width=rel_width, scale=None if isinstance(scale, str) else scale,
             scale_pos_embed=config.get("scale_pos_embed", False), mask_padding=config.get("mask_padding", False),
+            mask=given.get("mask"),
         )  # fmt: skip
+        if not pool:
+            return out
+        maps = F.avg_pool2d(out.permute(0, 1, 4, 2, 3).flatten(1, 2), 2)
+        return maps.unflatten(1, (q.shape[1], -1)).permute(0, 1, 3, 4, 2)
 
     wanted = {name: given[name] for name in ("q", "k", "v", "rel_height", "rel_width") if name in given}
     outputs = {"out": attend(**wanted)}
@@ -43,6 +51,7 @@ def _model(config: dict, weights: dict[str, Tensor], given: dict[str, Tensor]) -
     same = {"num_classes": "num_classes", "in_chans": "in_chans", "block_size": "block", "halo_size": "halo"}
     same |= {"stem_chs": "stem_width", "stem_type": "stem", "act": "act", "num_features": "final_width"}
     same |= {"dim_head": "head_dim", "qk_ratio": "qk_ratio", "scale_pos_embed": "scale_pos_embed"}
+    same |= {"mask_padding": "mask_padding", "value_ratio": "value_ratio", "linear_out": "linear_out"}
     same |= {"group_size": "group_width", "attn_layer": "channel_attention", "rd_ratio": "squeeze"}
     options = {ours: config[theirs] for theirs, ours in same.items() if config.get(theirs) is not None}
     model = HaloNet(
@@ -55,7 +64,6 @@ def _model(config: dict, weights: dict[str, Tensor], given: dict[str, Tensor]) -
         stem_pool=bool(config.get("stem_pool")),
         project_shortcut=config.get("downsample", "conv1x1") == "conv1x1",
         expand_input=config.get("bottle_in", False),
-        linear_out=config.get("linear_out", False),
     ).eval()
     load_checkpoint(model, with_counters(weights, model), checkpoint_filter_fn)
     image = given["x"].requires_grad_("dlogits" in given)

@@ -13,7 +13,8 @@ from tests.goldens.systems._tensors import arrays, gradients, tensors, with_coun
 
 OPERATORS = {"block_attention": block_attention, "grid_attention": grid_attention}
 RENAMED = {"embed_dim": "embed_dims", "dim_head": "head_dim", "init_values": "layer_scale"}
-PLAIN = ("in_chans", "num_classes", "img_size", "depths", "stem_width", "head_hidden_size", "window_size", "grid_size")
+PLAIN = ("in_chans", "num_classes", "img_size", "depths", "stem_width", "head_hidden_size", "window_size", "grid_size",
+         "embed_dims", "drop_rate", "axes", "layer_scale")  # fmt: skip
 FLAVOURS = {"bias_tf": "tf", "bias": "rw", "mlp": "rmlp"}
 
 
@@ -24,7 +25,8 @@ def run(config: dict, state: dict[str, np.ndarray], inputs: dict[str, np.ndarray
 
 
 def _operator(config: dict, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    operator, partition = OPERATORS[config["op"]], tuple(config["partition"])
+    operator, partition = OPERATORS[config["op"]], config["partition"]
+    partition = (partition, partition) if isinstance(partition, int) else tuple(partition)
     scale = config.get("scale")
     scale = None if isinstance(scale, str) else scale
 
@@ -41,9 +43,11 @@ def _operator(config: dict, given: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _model(config: dict, weights: dict[str, Tensor], given: dict[str, Tensor]) -> dict[str, Tensor]:
+    for part in (config.get("conv_cfg"), config.get("transformer_cfg")):  # where the reference nests its options
+        config = (part or {}) | config
     options = {name: config[name] for name in PLAIN if config.get(name) is not None}
     options |= {ours: config[theirs] for theirs, ours in RENAMED.items() if config.get(theirs) is not None}
-    flavour = config.get("flavour") or FLAVOURS.get(config.get("rel_pos_type", ""), "")
+    flavour = config.get("flavour") or FLAVOURS.get(config.get("rel_pos_type") or "", "")
     model = MaxViT(**options, flavour=flavour or _flavour(weights)).eval()
     load_checkpoint(model, with_counters(weights, model), checkpoint_filter_fn)
     image = given["x"].requires_grad_("dlogits" in given)

@@ -11,7 +11,7 @@ from manyheads.models.vision.shvit import SHViT, checkpoint_filter_fn
 from tests.goldens.systems._tensors import arrays, tensors, with_counters
 
 RENAMED = {"embed_dim": "embed_dims", "partial_dim": "partial_dims", "qk_dim": "qk_dims", "depth": "depths"}
-PLAIN = ("in_chans", "num_classes", "types", "distillation")
+PLAIN = ("in_chans", "num_classes", "types", "distillation", "embed_dims", "partial_dims", "qk_dims", "depths")
 
 
 def run(config: dict, state: dict[str, np.ndarray], inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

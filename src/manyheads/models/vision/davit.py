@@ -21,7 +21,9 @@ from timm.models import checkpoint as recompute
 from torch import Tensor, nn
 
 from manyheads.engines.common import check_choice
+from manyheads.layers.conv_norm import normed
 from manyheads.layers.davit import ChannelAttention, ConvPositionEncoding, WindowAttention
+from manyheads.layers.fused import add, perceive
 from manyheads.models.checkpoints import State, rename
 from manyheads.models.registry import register
 from manyheads.models.vision.backbone import Backbone
@@ -47,9 +49,9 @@ class SubBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.cpe1(x)
-        x = x + self.drop_path1(self.attn(self.norm1(x)))
+        x = add(x, self.drop_path1(self.attn(self.norm1(x))))
         x = self.cpe2(x)
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
+        return add(x, self.drop_path2(perceive(self.mlp, self.norm2(x))))
 
 
 class Stem(nn.Module):
@@ -62,7 +64,7 @@ class Stem(nn.Module):
         self.norm = LayerNorm2d(dim, eps=1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x))
+        return self.norm(normed(self.conv, None, x.contiguous(memory_format=torch.channels_last)))
 
 
 class Downsample(nn.Module):
@@ -78,7 +80,7 @@ class Downsample(nn.Module):
         below, right = x.shape[2] % 2, x.shape[3] % 2
         if self.conv.kernel_size[0] == 2 and (below or right):
             x = F.pad(x, (0, right, 0, below))
-        return self.conv(x)
+        return normed(self.conv, None, x)
 
 
 class Stage(nn.Module):

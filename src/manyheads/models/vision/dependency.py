@@ -31,7 +31,7 @@ from manyheads.layers.dependency import ReversedAttention
 from manyheads.models.checkpoints import State, rename
 from manyheads.models.registry import register
 from manyheads.models.vision.backbone import Backbone
-from manyheads.models.vision.features import check_image
+from manyheads.models.vision.features import check_image, patch_grid
 from manyheads.models.vision.spectformer import resize_positions
 
 # Tokens (batch, n, C), their messages (batch, n) or None for one each, their places on the map (batch, n) or None
@@ -135,7 +135,7 @@ class DependencyViT(Backbone):
     Args:
         in_chans: channels of the image.
         num_classes: width of the classifier; 0 leaves it away and returns the pooled features.
-        img_size: side of the images in pixels; matters only with ``pos_embed``, which is made for it.
+        img_size: side of the images in pixels, or (height, width); matters only with ``pos_embed``, made for it.
         patch_size: side of the patches in pixels.
         embed_dim: width C.
         depth: blocks.
@@ -174,7 +174,7 @@ class DependencyViT(Backbone):
         self,
         in_chans: int = 3,
         num_classes: int = 1000,
-        img_size: int = 224,
+        img_size: int | Sequence[int] = 224,
         patch_size: int = 16,
         embed_dim: int = 192,
         depth: int = 12,
@@ -197,11 +197,9 @@ class DependencyViT(Backbone):
         drop_path_rate: int | float = 0.0,
     ) -> None:
         super().__init__()
-        if patch_size < 1 or img_size < patch_size or img_size % patch_size:
-            raise ValueError(f"img_size={img_size} must be a multiple of patch_size={patch_size}")
         keeps = _keeps(depth, cpe_depth, prune_layers, prune_ratio)
         self.in_chans, self.num_classes, self.drop_rate = in_chans, num_classes, drop_rate
-        self.patch_size, self.grid = patch_size, (img_size // patch_size, img_size // patch_size)
+        self.patch_size, self.grid = patch_size, patch_grid(img_size, patch_size)
         self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
         self.pos_embed = None
         if pos_embed:

@@ -27,14 +27,14 @@ from torch import Tensor, nn
 
 from manyheads.engines.common import check_choice
 from manyheads.layers.latent import CrossLayer, SelfLayer
-from manyheads.models.checkpoints import State, rename
 from manyheads.models.registry import register
 from manyheads.models.vision.backbone import Backbone
+from manyheads.models.vision.dyn_perceiver_checkpoints import checkpoint_filter_fn
 from manyheads.models.vision.dyn_perceiver_cnn import REGNETS, build_branch
+from manyheads.models.vision.dyn_perceiver_exits import EXITS, Exits, joined
 from manyheads.models.vision.features import check_image, stage_indices
 from manyheads.objectives.self_distillation import self_distillation_loss
 
-EXITS = 4
 POOLED = 7
 SMALLEST = 32
 DEPTHS = (3, 3, 9, 3)
@@ -89,64 +89,6 @@ class Stage(nn.Module):
 
     def _run(self, block: nn.Module, x: Tensor) -> Tensor:
         return recompute(block, x) if self.grad_checkpointing and self.training else block(x)
-
-
-class Exits(nn.Module):
-    """The four classifiers and the two units that hand on logits.
-
-    Args:
-        classes: width of the logits.
-        cnn_classes: width of exit 3.
-        dims: channels of Z_3, of Z_4 and of the last map.
-        hidden: width of a hidden layer with Hardswish in exits 3 and 4; 0 has none.
-        drop_rate: dropout, of the hidden layer or else of the features of exits 3 and 4.
-        transfer: forward knowledge transfer.
-    """
-
-    def __init__(
-        self,
-        classes: int,
-        cnn_classes: int,
-        dims: tuple[int, int, int],
-        hidden: int,
-        drop_rate: int | float,
-        transfer: bool,
-    ) -> None:
-        super().__init__()
-        third, fourth, last = dims
-        self.feature_drop = 0.0 if hidden else drop_rate
-
-        def hand_on() -> nn.Module | None:
-            return nn.Sequential(nn.Linear(classes, fourth), nn.BatchNorm1d(fourth), nn.ReLU()) if transfer else None
-
-        def classify(dim: int, classes: int) -> list[nn.Module]:
-            if not hidden:
-                return [nn.Linear(dim, classes)]
-            return [nn.Linear(dim, hidden), nn.Hardswish(), nn.Dropout(drop_rate), nn.Linear(hidden, classes)]
-
-        self.transfer3, self.transfer4 = hand_on(), hand_on()
-        self.early = nn.Linear(third, classes)
-        self.latent = nn.Linear(fourth * (1 + transfer), classes)
-        cnn = classify(last, cnn_classes)
-        self.cnn = nn.Sequential(*cnn) if hidden else cnn[0]
-        merged = last + fourth * (1 + transfer)
-        self.merge = nn.Sequential(nn.BatchNorm1d(merged), *classify(merged, classes))
-
-    def read_first(self, z: Tensor) -> Tensor:
-        """Exit 1, from the latents."""
-        return self.early(z.mean(1))
-
-    def read_latents(self, z: Tensor, hint: Tensor) -> Tensor:
-        """Exit 2, from the latents and the logits of exit 1."""
-        return self.latent(_joined([z.mean(1)], self.transfer3, hint))
-
-    def read_map(self, x: Tensor) -> Tensor:
-        """Exit 3, from the map."""
-        return self.cnn(F.dropout(x.mean((2, 3)), self.feature_drop, self.training))
-
-    def read_all(self, features: Tensor) -> Tensor:
-        """Exit 4, from what ``DynPerceiver.forward_head`` joins."""
-        return self.merge(F.dropout(features, self.feature_drop, self.training))
 
 
 class DynPerceiver(Backbone):
@@ -315,9 +257,8 @@ class DynPerceiver(Backbone):
     ) -> Tensor:
         """The last exit, from what ``forward_features`` gives; ``pre_logits`` stops before the classifier."""
         last_map, z, hint = x
-        if pre_logits or self.exits is None:
-            return self._join(last_map, z, hint)
-        return self.exits.read_all(self._join(last_map, z, hint))
+        features = joined([last_map.mean((2, 3)), z.mean(1)], getattr(self.exits, "transfer4", None), hint)
+        return features if pre_logits or self.exits is None else self.exits.read_all(features)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Logits of the last exit; in training, of all."""
@@ -405,10 +346,6 @@ class DynPerceiver(Backbone):
         x = self.stem(image.contiguous(memory_format=torch.channels_last))
         return x, self.latent.repeat(image.shape[0], 1, 1)
 
-    def _join(self, x: Tensor, z: Tensor, hint: Tensor | None) -> Tensor:
-        transfer = None if self.exits is None else self.exits.transfer4
-        return _joined([x.mean((2, 3)), z.mean(1)], transfer, hint)
-
     def _list(self) -> list[Stage]:
         return cast(list[Stage], list(self.stages))
 
@@ -419,42 +356,6 @@ def write_map(layer: CrossLayer, x: Tensor, z: Tensor) -> Tensor:
     return layer(tokens.flatten(1, 2), z).unflatten(1, tokens.shape[1:3]).permute(0, 3, 1, 2)
 
 
-def _joined(features: list[Tensor], transfer: nn.Module | None, hint: Tensor | None) -> Tensor:
-    return torch.cat(features if transfer is None or hint is None else [*features, transfer(hint)], dim=1)
-
-
-def checkpoint_filter_fn(state: State, model: nn.Module) -> State:
-    """The authors' layout of any of the three branches, renamed to ours; without the exits where the model has none."""
-    state = rename(state, _OFFICIAL)
-    if getattr(model, "exits", None) is None:
-        state = {key: value for key, value in state.items() if not key.startswith("exits.")}
-    return state
-
-
-_OFFICIAL = [
-    (r"(^|\.)(?:cross|self)_attn\.", r"\1"),
-    (r"\.relative_position_bias$", ".key_table"),
-    (r"^last_cross_att_z2x\.", "last_write."),
-    (r"^early_classifier3\.", "exits.early."),
-    (r"^classifier_att\.", "exits.latent."),
-    (r"^classifier_(cnn|merge)\.", r"exits.\1."),
-    (r"^isc([34])\.", r"exits.transfer\1."),
-    (r"^cnn_stem\.", "stem."),
-    *[(rf"^cnn_body\.block{s + 1}\.block{s + 1}-(\d+)\.", rf"stages.{s}.cnn.\1.") for s in range(4)],
-    *[
-        (rf"^{theirs}\.", f"stages.{s}.{ours}.")
-        for s in range(4)
-        for theirs, ours in (
-            (f"dwc{s + 1}_x2z", "conv"),
-            (f"cross_att{s + 1}_x2z", "read"),
-            (f"cross_att{s + 1}_z2x", "write"),
-            (f"self_att{s + 1}", "latent"),
-            (rf"token_mixer\.{s - 1}", "shrink"),
-            (rf"token_expander\.{s - 1}", "widen"),
-            (f"cnn_body_stage{s + 1}", "cnn"),
-        )
-    ],
-]
 WIDTHS = {
     "mobilenet_v3": {"0x5": 0.5, "0x75": 0.75, "1x0": 1.0, "1x25": 1.25, "1x5": 1.5},
     "resnet50": {"0x375": 0.375, "0x5": 0.5, "0x625": 0.625, "0x75": 0.75, "1x0": 1.0},

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from manyheads.engines.common import check_choice
 from manyheads.layers.conv_ffn import initialise_convolution
-from manyheads.layers.conv_norm import convolve
+from manyheads.layers.conv_norm import normed
+from manyheads.layers.fused import add, excite
 from manyheads.layers.halo import HaloAttention
 from manyheads.models.checkpoints import State
 from manyheads.models.registry import register
@@ -47,7 +48,7 @@ class ConvBnAct(nn.Module):
         self.act = ACTS[act](inplace=True) if act else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.bn(convolve(self.conv, x)))
+        return normed(self.conv, self.bn, x, self.act)
 
 
 class Block(nn.Module):
@@ -92,9 +93,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv1_1x1(x)
-        y = self.attn(self.conv2_kxk(y)) if self.kind == "b" else self.post_act(self.post_attn(self.self_attn(y)))
+        if self.kind == "b":
+            y = excite(self.attn, self.conv2_kxk(y))
+        else:
+            y = self.post_act(self.post_attn(self.self_attn(y)))
         y = self.drop_path(self.conv3_1x1(y))
-        return self.act(y if self.shortcut is None else y + self.shortcut(x))
+        return self.act(y if self.shortcut is None else add(self.shortcut(x), y))
 
 
 class Stage(nn.Sequential):

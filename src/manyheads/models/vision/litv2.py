@@ -94,6 +94,7 @@ class LITv2(Backbone):
         alpha: share of the low-frequency heads, see ``manyheads.layers.hilo.HiLoAttention``.
         mlp_ratio: hidden width of the FFN by the block's width.
         qkv_bias: bias of the attention's input projections.
+        qk_scale: factor on the attention's scores; None means ``head_dim ** -0.5``.
         patch_size: side of the patches in pixels.
         any_size: fill up images to whole patches and maps to whole windows with zeros, and drop a last odd row or
             column when merging, as the authors' dense-prediction code does. False makes such sizes an error, as in
@@ -133,6 +134,7 @@ class LITv2(Backbone):
         alpha: int | float = 0.9,
         mlp_ratio: int | float = 4.0,
         qkv_bias: bool = True,
+        qk_scale: float | None = None,
         patch_size: int = 4,
         any_size: bool = True,
         drop_rate: int | float = 0.0,
@@ -150,7 +152,8 @@ class LITv2(Backbone):
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
 
         def mixer(dim: int, heads: int, window: int) -> HiLoAttention:
-            return HiLoAttention(dim, heads, window=window, alpha=alpha, qkv_bias=qkv_bias, pad=any_size)
+            options = {"qkv_bias": qkv_bias, "scale": qk_scale, "pad": any_size}
+            return HiLoAttention(dim, heads, window=window, alpha=alpha, **options)
 
         self.layers = nn.ModuleList(
             Stage(

@@ -49,7 +49,7 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        return self.conv2(self.act(self.norm1(self.conv1(x))))
+        return self.conv2(self.conv1(x, self.norm1, self.act))
 
 
 class Block(nn.Module):

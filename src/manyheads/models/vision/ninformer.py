@@ -11,20 +11,24 @@ Source: "NiNformer: A Network in Network Transformer with Token Mixing Generated
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from timm.layers import DropPath, Mlp, trunc_normal_
 from timm.models import checkpoint as recompute
 from torch import Tensor, nn
 
 from manyheads.engines.common import check_choice
+from manyheads.layers.conv_ffn import ConvFeedForward
 from manyheads.layers.mixer_gate import MixerGating, TokenMixer
 from manyheads.layers.spectral import FullAttention
 from manyheads.models.checkpoints import State, rename
 from manyheads.models.registry import register
 from manyheads.models.vision.backbone import Backbone
+from manyheads.models.vision.features import patch_grid
 from manyheads.ops.mixer_gate import resize_token_mixing
 
-MIXERS = ("gated", "mlp", "attention")
+MIXERS = ("gated", "mlp", "attention", "local")
 
 
 class GatedBlock(nn.Module):
@@ -44,14 +48,25 @@ class GatedBlock(nn.Module):
         return x + self.drop_path(self.ffn(self.norm(x)))
 
 
+class LocalFeedForward(nn.Module):
+    """A convolutional feed-forward on the tokens of a map, with dropout."""
+
+    def __init__(self, dim: int, hidden: int, grid: tuple[int, int], dropout: int | float) -> None:
+        super().__init__()
+        self.grid, self.ffn, self.drop = grid, ConvFeedForward(dim, hidden), nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.ffn(x.unflatten(1, self.grid)).flatten(1, 2))
+
+
 class AttentionBlock(nn.Module):
     """A ViT's block, to compare with."""
 
-    def __init__(self, dim: int, heads: int, mlp_dim: int, dropout: int | float, drop_path: float) -> None:
+    def __init__(self, dim: int, heads: int, mlp: nn.Module, drop_path: float) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.attn = FullAttention(dim, heads, fused=True)
-        self.mlp = Mlp(dim, mlp_dim, drop=float(dropout))
+        self.mlp = mlp
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,7 +95,7 @@ class NiNformer(Backbone):
     Args:
         in_chans: channels of the image.
         num_classes: width of the classifier; 0 leaves it away and returns the pooled features.
-        img_size: side of the images in pixels, a multiple of ``patch_size``.
+        img_size: side of the images in pixels, or (height, width); multiples of ``patch_size``.
         patch_size: side of the patches in pixels.
         embed_dim: width C.
         depth: blocks.
@@ -88,13 +103,14 @@ class NiNformer(Backbone):
         token_dim: hidden width of the feed-forward over tokens, where there is one; None takes ``mlp_dim``, as the
             authors do.
         mixer: "gated"; or, for the paper's comparisons at equal width and depth, "mlp" (the inner mixer alone as
-            block, an MLP-Mixer) or "attention" (a ViT with position embedding).
-        num_heads: heads of "attention"; the others have none.
+            block, an MLP-Mixer), "attention" (a ViT with position embedding) or "local" (the same with a depthwise
+            convolution in its feed-forward, as in LocalViT, arXiv 2104.05707).
+        num_heads: heads of "attention" and "local"; the others have none.
         dropout: inside every feed-forward; 0.5 is the authors' value.
         drop_rate: dropout before the classifier, not in the paper.
         drop_path_rate: stochastic depth of the last block, not in the paper; rises linearly from 0. "mlp" has none.
 
-    Shape: images (batch, in_chans, img_size, img_size) to logits (batch, num_classes).
+    Shape: images (batch, in_chans, height, width), as ``img_size`` says, to logits (batch, num_classes).
 
     Raises:
         ValueError: sizes below one, an image size that patches do not divide, ``dropout`` outside [0, 1), an unknown
@@ -114,7 +130,7 @@ class NiNformer(Backbone):
         self,
         in_chans: int = 3,
         num_classes: int = 10,
-        img_size: int = 32,
+        img_size: int | Sequence[int] = 32,
         patch_size: int = 4,
         embed_dim: int = 256,
         depth: int = 4,
@@ -135,22 +151,23 @@ class NiNformer(Backbone):
                 raise ValueError(f"{name}={size} must be at least 1")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout} must be in [0, 1)")
-        if patch_size < 1 or img_size < patch_size or img_size % patch_size:
-            raise ValueError(f"img_size={img_size} must be a multiple of patch_size={patch_size}")
         self.in_chans, self.num_classes, self.drop_rate = in_chans, num_classes, drop_rate
-        self.patch_size, self.grid = patch_size, (img_size // patch_size, img_size // patch_size)
+        self.patch_size, self.grid = patch_size, patch_grid(img_size, patch_size)
         if mixer == "mlp" and drop_path_rate:
             raise ValueError(f"drop_path_rate={drop_path_rate}: blocks of mixer='mlp' have no stochastic depth")
         tokens = self.grid[0] * self.grid[1]
         self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
         self.pos_embed = None
-        if mixer == "attention":
+        if mixer in ("attention", "local"):
             self.pos_embed = nn.Parameter(torch.zeros(1, *self.grid, embed_dim))
             trunc_normal_(self.pos_embed, std=0.02)
 
         def block(drop_path: float) -> nn.Module:
             if mixer == "attention":
-                return AttentionBlock(embed_dim, num_heads, mlp_dim, dropout, drop_path)
+                return AttentionBlock(embed_dim, num_heads, Mlp(embed_dim, mlp_dim, drop=float(dropout)), drop_path)
+            if mixer == "local":
+                mlp = LocalFeedForward(embed_dim, mlp_dim, self.grid, dropout)
+                return AttentionBlock(embed_dim, num_heads, mlp, drop_path)
             if mixer == "mlp":
                 return TokenMixer(embed_dim, tokens, token_dim, mlp_dim, dropout)
             return GatedBlock(embed_dim, tokens, token_dim, mlp_dim, dropout, drop_path)
@@ -165,18 +182,18 @@ class NiNformer(Backbone):
         """The position embedding, where there is one."""
         return {"pos_embed"} if self.pos_embed is not None else set()
 
-    def set_input_size(self, img_size: tuple[int, int]) -> None:
+    def set_input_size(self, img_size: int | Sequence[int]) -> None:
         """Resize the token mixing for good, for images of ``img_size`` pixels; not in the paper.
 
         Raises:
             ValueError: sides that patches do not divide.
         """
-        if min(img_size) < self.patch_size or img_size[0] % self.patch_size or img_size[1] % self.patch_size:
-            raise ValueError(f"img_size={tuple(img_size)} must be multiples of patch_size={self.patch_size}")
-        old, self.grid = self.grid, (img_size[0] // self.patch_size, img_size[1] // self.patch_size)
+        old, self.grid = self.grid, patch_grid(img_size, self.patch_size)
         for module in self.modules():
             if isinstance(module, TokenMixer):
                 module.set_grid(old, self.grid)
+            if isinstance(module, LocalFeedForward):
+                module.grid = self.grid
         if self.pos_embed is not None:
             with torch.no_grad():
                 self.pos_embed = nn.Parameter(_resize_positions(self.pos_embed, self.grid))
@@ -247,21 +264,22 @@ def _resize_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
     return resized.permute(0, 2, 3, 1).contiguous().to(positions.dtype)
 
 
-VARIANTS = {"ninformer_cifar10": 10, "ninformer_cifar100": 100}
-for _name, _classes in VARIANTS.items():
+# Name to classes and channels; MNIST's digits are enlarged to the same 32 pixels.
+VARIANTS = {"ninformer_cifar10": (10, 3), "ninformer_cifar100": (100, 3), "ninformer_mnist": (10, 1)}
+for _name, (_classes, _channels) in VARIANTS.items():
     register(
         _name,
         NiNformer,
-        {"num_classes": _classes, "img_size": 32},
+        {"num_classes": _classes, "in_chans": _channels, "img_size": 32},
         convert=checkpoint_filter_fn,
         stages=1,
         feature_cls="getter",
         num_classes=_classes,
-        input_size=(3, 32, 32),
+        input_size=(_channels, 32, 32),
         pool_size=(8, 8),
         crop_pct=1.0,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.5, 0.5),
+        mean=(0.5,) * _channels,
+        std=(0.5,) * _channels,
         first_conv="patch_embed",
         fixed_input_size=True,
         classifier="head",

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from manyheads.engines.common import check_choice
 from manyheads.layers.conv_norm import ConvNorm, Residual, norm_affine
+from manyheads.layers.fused import excite
 from manyheads.layers.shvit import SingleHeadAttention
 from manyheads.models.checkpoints import CheckpointError, State, rename
 from manyheads.models.registry import register
@@ -39,9 +40,10 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.pw1, self.pw2 = ConvNorm(dim, 2 * dim), ConvNorm(2 * dim, dim, gain=0.0)
+        self.act = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.pw2(F.relu_(self.pw1(x)))
+        return self.pw2(self.pw1(x, self.act))
 
 
 class PatchMerging(nn.Module):
@@ -54,10 +56,10 @@ class PatchMerging(nn.Module):
         self.conv2 = ConvNorm(hidden, hidden, 3, stride=2, groups=hidden)
         self.se = SqueezeExcite(hidden, 0.25)
         self.conv3 = ConvNorm(hidden, out_dim)
+        self.act = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu_(self.conv2(F.relu_(self.conv1(x))))
-        return self.conv3(self.se(x))
+        return self.conv3(excite(self.se, self.conv2(self.conv1(x, self.act), self.act)))
 
 
 class Block(nn.Module):
@@ -93,6 +95,16 @@ class Stage(nn.Module):
         for block in self.blocks:
             x = recompute(block, x) if self.grad_checkpointing and self.training else block(x)
         return x
+
+
+class Stem(nn.Sequential):
+    """Convolutions with norm and activation in turn."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        layers = list(self)
+        for conv, act in zip_longest(layers[::2], layers[1::2]):
+            input = conv(input, act)
+        return input
 
 
 class NormLinear(nn.Module):
@@ -182,8 +194,8 @@ class SHViT(Backbone):
         widths = [in_chans, *(embed_dims[0] // part for part in (8, 4, 2, 1))]
         stem: list[nn.Module] = []
         for dim, out_dim in pairwise(widths):
-            stem += [ConvNorm(dim, out_dim, 3, stride=2), nn.ReLU()]
-        self.patch_embed = nn.Sequential(*stem[:-1])
+            stem += [ConvNorm(dim, out_dim, 3, stride=2), nn.ReLU(inplace=True)]
+        self.patch_embed = Stem(*stem[:-1])
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         stages = []
         for s, dim in enumerate(embed_dims):

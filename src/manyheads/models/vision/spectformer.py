@@ -26,6 +26,7 @@ from manyheads.layers.spectral import FullAttention, SpectralGating
 from manyheads.models.checkpoints import State, rename
 from manyheads.models.registry import register
 from manyheads.models.vision.backbone import Backbone
+from manyheads.models.vision.features import patch_grid
 from manyheads.ops.spectral import resize_filter
 
 ORDERS = ("spectral_first", "attention_first")
@@ -35,11 +36,19 @@ EPS = 1e-6
 class SpectralBlock(nn.Module):
     """Filter and MLP inside one residual, as in the authors' code."""
 
-    def __init__(self, dim: int, grid: tuple[int, int], mlp_ratio: int | float, drop_path: float, resize: bool) -> None:
+    def __init__(
+        self,
+        dim: int,
+        grid: tuple[int, int],
+        mlp_ratio: int | float,
+        drop_path: float,
+        resize: bool,
+        norm_eps: float = EPS,
+    ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=EPS)
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.filter = SpectralGating(dim, grid, resize=resize)
-        self.norm2 = nn.LayerNorm(dim, eps=EPS)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
@@ -50,11 +59,11 @@ class SpectralBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Attention and MLP, each with its residual."""
 
-    def __init__(self, dim: int, heads: int, mlp_ratio: int | float, drop_path: float) -> None:
+    def __init__(self, dim: int, heads: int, mlp_ratio: int | float, drop_path: float, norm_eps: float = EPS) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=EPS)
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = FullAttention(dim, heads, fused=True)
-        self.norm2 = nn.LayerNorm(dim, eps=EPS)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
@@ -83,7 +92,7 @@ class SpectFormer(Backbone):
     Args:
         in_chans: channels of the image.
         num_classes: width of the classifier; 0 leaves it away and returns the pooled, normed features.
-        img_size: side of the images in pixels, a multiple of ``patch_size``.
+        img_size: side, or (height, width), of the images in pixels, multiples of ``patch_size``.
         patch_size: side of the patches in pixels.
         embed_dim: width C.
         depth: blocks.
@@ -91,7 +100,7 @@ class SpectFormer(Backbone):
         alpha: how many blocks are spectral; 0 is a ViT without class token, ``depth`` a purely spectral network.
         order: "spectral_first", or "attention_first" with the spectral blocks last (the ablation).
         mlp_ratio: hidden width of the MLP by the block's width.
-        norm_eps: of the final norm; block norms have 1e-6.
+        norm_eps: of all norms.
         representation_size: width of an extra Linear and tanh before the classifier; 0 has none.
         resize: read images of other sizes, with filters and position embedding resized at each call; False makes
             them an error.
@@ -99,7 +108,7 @@ class SpectFormer(Backbone):
         drop_path_rate: stochastic depth of the last block; rises linearly from 0.
         uniform_drop: give all blocks ``drop_path_rate`` instead.
 
-    Shape: images (batch, in_chans, img_size, img_size) to logits (batch, num_classes).
+    Shape: images (batch, in_chans, height, width) of ``img_size`` to logits (batch, num_classes).
 
     Raises:
         ValueError: a width that heads do not divide, ``alpha`` outside 0 ... depth, an image size that patches do not
@@ -119,7 +128,7 @@ class SpectFormer(Backbone):
         self,
         in_chans: int = 3,
         num_classes: int = 1000,
-        img_size: int = 224,
+        img_size: int | tuple[int, int] = 224,
         patch_size: int = 16,
         embed_dim: int = 384,
         depth: int = 12,
@@ -138,20 +147,18 @@ class SpectFormer(Backbone):
         check_choice("order", order, ORDERS)
         if not 0 <= alpha <= depth:
             raise ValueError(f"alpha={alpha} spectral blocks must be between 0 and depth={depth}")
-        if patch_size < 1 or img_size < patch_size or img_size % patch_size:
-            raise ValueError(f"img_size={img_size} must be a multiple of patch_size={patch_size}")
+        self.grid = patch_grid(img_size, patch_size)
         self.in_chans, self.num_classes, self.drop_rate = in_chans, num_classes, drop_rate
         self.patch_size, self.resize = patch_size, resize
-        self.grid = (img_size // patch_size, img_size // patch_size)
         self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1], embed_dim))
         trunc_normal_(self.pos_embed, std=0.02)
         rates = torch.linspace(drop_path_rate if uniform_drop else 0, drop_path_rate, depth, device="cpu").tolist()
         spectral = range(alpha) if order == "spectral_first" else range(depth - alpha, depth)
         blocks = [
-            SpectralBlock(embed_dim, self.grid, mlp_ratio, rate, resize)
+            SpectralBlock(embed_dim, self.grid, mlp_ratio, rate, resize, norm_eps)
             if index in spectral
-            else AttentionBlock(embed_dim, num_heads, mlp_ratio, rate)
+            else AttentionBlock(embed_dim, num_heads, mlp_ratio, rate, norm_eps)
             for index, rate in enumerate(rates)
         ]
         self.stages = nn.ModuleList([Blocks(blocks)])
@@ -174,9 +181,7 @@ class SpectFormer(Backbone):
         Raises:
             ValueError: sides that patches do not divide.
         """
-        if min(img_size) < self.patch_size or img_size[0] % self.patch_size or img_size[1] % self.patch_size:
-            raise ValueError(f"img_size={tuple(img_size)} must be multiples of patch_size={self.patch_size}")
-        grid = (img_size[0] // self.patch_size, img_size[1] // self.patch_size)
+        grid = patch_grid(img_size, self.patch_size)
         with torch.no_grad():
             self.pos_embed = nn.Parameter(resize_positions(self.pos_embed, self.grid, grid).clone())
         self.grid = grid
@@ -218,7 +223,7 @@ def resize_positions(embedding: Tensor, old: tuple[int, int], new: tuple[int, in
         return embedding
     image = embedding.float().unflatten(1, old).permute(0, 3, 1, 2)
     resized = F.interpolate(image, size=new, mode="bicubic", align_corners=False)
-    return resized.flatten(2).mT.to(embedding.dtype)
+    return resized.flatten(2).mT.to(embedding.dtype).contiguous()
 
 
 def checkpoint_filter_fn(state: State, model: nn.Module) -> State:

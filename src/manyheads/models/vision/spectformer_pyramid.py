@@ -26,7 +26,7 @@ from manyheads.layers.spectral import ClassAttention, FullAttention, SpectralGat
 from manyheads.models.checkpoints import State, rename
 from manyheads.models.registry import register
 from manyheads.models.vision.backbone import Backbone
-from manyheads.models.vision.features import check_image
+from manyheads.models.vision.features import check_image, image_sides
 from manyheads.models.vision.spectformer import EPS, fit_to_size
 from manyheads.objectives.token_label import Box, mix_tokens, unmix_tokens
 
@@ -36,11 +36,11 @@ MIXERS = ("spectral", "attention")
 class Block(nn.Module):
     """A mixer and a convolutional FFN, on (batch, X, Y, channels)."""
 
-    def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: int | float, drop_path: float) -> None:
+    def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: int | float, drop_path: float, norm_eps: float) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=EPS)
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = mixer
-        self.norm2 = nn.LayerNorm(dim, eps=EPS)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = ConvFeedForward(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
@@ -52,11 +52,11 @@ class Block(nn.Module):
 class ClassBlock(nn.Module):
     """The first token reads all tokens and goes through an MLP; the others stay, on (batch, tokens, channels)."""
 
-    def __init__(self, dim: int, heads: int, mlp_ratio: int | float) -> None:
+    def __init__(self, dim: int, heads: int, mlp_ratio: int | float, norm_eps: float) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=EPS)
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = ClassAttention(dim, heads)
-        self.norm2 = nn.LayerNorm(dim, eps=EPS)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class SpectFormerPyramid(Backbone):
     Args:
         in_chans: channels of the image.
         num_classes: width of the classifier; 0 leaves the heads away and returns the normed class token.
-        img_size: side of the images in pixels; filters of spectral stages belong to it.
+        img_size: side, or (height, width), of the images in pixels; filters of spectral stages belong to it.
         stem_hidden_dim: width inside the stem.
         embed_dims: width of each stage.
         depths: blocks in each stage.
@@ -120,8 +120,9 @@ class SpectFormerPyramid(Backbone):
         resize: read images of other sizes, with filters resized at each call; False makes them an error where a
             stage is spectral.
         drop_path_rate: stochastic depth of the last block; rises linearly from 0.
+        norm_eps: of the norms of blocks and stages; those of the embeddings have 1e-5.
 
-    Shape: images (batch, in_chans, img_size, img_size) to logits (batch, num_classes).
+    Shape: images (batch, in_chans, height, width) of ``img_size`` to logits (batch, num_classes).
 
     Raises:
         ValueError: stage options of different lengths, widths that heads do not divide, an unknown mixer; in
@@ -142,7 +143,7 @@ class SpectFormerPyramid(Backbone):
         self,
         in_chans: int = 3,
         num_classes: int = 1000,
-        img_size: int = 224,
+        img_size: int | tuple[int, int] = 224,
         stem_hidden_dim: int = 32,
         embed_dims: Sequence[int] = (64, 128, 320, 448),
         depths: Sequence[int] = (3, 4, 6, 3),
@@ -152,6 +153,7 @@ class SpectFormerPyramid(Backbone):
         token_label: bool = True,
         resize: bool = False,
         drop_path_rate: int | float = 0.0,
+        norm_eps: float = EPS,
     ) -> None:
         super().__init__()
         per_stage = {"embed_dims": embed_dims, "depths": depths, "num_heads": num_heads, "mlp_ratios": mlp_ratios}
@@ -162,29 +164,30 @@ class SpectFormerPyramid(Backbone):
         self.in_chans, self.num_classes, self.token_label = in_chans, num_classes, token_label
         self.num_features = self.head_hidden_size = embed_dims[-1]
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
-        stages, side = [], -(-img_size // 2)
+        stages, grid = [], halved(image_sides(img_size))
         for s, (dim, depth, heads, ratio, mixer) in enumerate(zip(embed_dims, depths, num_heads, mlp_ratios, mixers)):
-            side = -(-side // 2)
+            grid = halved(grid)
             blocks = [
                 Block(
                     dim,
-                    SpectralGating(dim, (side, side), resize=resize)
+                    SpectralGating(dim, grid, resize=resize)
                     if mixer == "spectral"
                     else FullAttention(dim, heads, fused=False),
                     ratio,
                     next(rates),
+                    norm_eps,
                 )
                 for _ in range(depth)
             ]
             embed = Embed(embed_dims[s - 1], dim, 0) if s else Embed(in_chans, dim, stem_hidden_dim)
             last = s == len(embed_dims) - 1
-            stages.append(Stage(embed, blocks, nn.Identity() if last else nn.LayerNorm(dim, eps=EPS)))
+            stages.append(Stage(embed, blocks, nn.Identity() if last else nn.LayerNorm(dim, eps=norm_eps)))
         self.stages = nn.ModuleList(stages)
         self.feature_info = [
             {"num_chs": dim, "reduction": 4 * 2**s, "module": f"stages.{s}"} for s, dim in enumerate(embed_dims)
         ]
-        self.class_block = ClassBlock(embed_dims[-1], num_heads[-1], mlp_ratios[-1])
-        self.norm = nn.LayerNorm(embed_dims[-1], eps=EPS)
+        self.class_block = ClassBlock(embed_dims[-1], num_heads[-1], mlp_ratios[-1], norm_eps)
+        self.norm = nn.LayerNorm(embed_dims[-1], eps=norm_eps)
         self.head = nn.Identity()
         self.aux_head = nn.Identity()
         self.reset_classifier(num_classes)
@@ -202,12 +205,12 @@ class SpectFormerPyramid(Backbone):
 
     def set_input_size(self, img_size: tuple[int, int]) -> None:
         """Resize all filters for good, for images of ``img_size`` pixels."""
-        height, width = (-(-side // 2) for side in img_size)
+        grid = halved(img_size)
         for stage in self.stages:
-            height, width = -(-height // 2), -(-width // 2)
+            grid = halved(grid)
             for module in stage.modules():
                 if isinstance(module, SpectralGating):
-                    module.set_grid((height, width))
+                    module.set_grid(grid)
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Parameter groups from stem to head, for timm's layer-wise learning rate decay."""
@@ -280,6 +283,15 @@ class SpectFormerPyramid(Backbone):
     def _check_token_head(self) -> None:
         if not self.token_label or not self.num_classes:
             raise ValueError("dense logits need token_label=True and a classifier")
+
+
+def halved(grid: tuple[int, int]) -> tuple[int, int]:
+    """The sides of a map behind a convolution with stride 2 that pads it.
+
+    >>> halved((7, 4))
+    (4, 2)
+    """
+    return -(-grid[0] // 2), -(-grid[1] // 2)
 
 
 def checkpoint_filter_fn(state: State, model: nn.Module) -> State:

@@ -27,18 +27,17 @@ from manyheads.layers.transnext import AggregatedAttention, CosineAttention
 from manyheads.models.checkpoints import State, rename
 from manyheads.models.registry import register
 from manyheads.models.vision.backbone import Backbone
-
-EPS = 1e-6  # of block and stage norms; patch embeddings and pooled branches have 1e-5
+from manyheads.models.vision.features import image_sides
 
 
 class Block(nn.Module):
     """Attention and convolutional GLU, on (batch, X, Y, channels)."""
 
-    def __init__(self, dim: int, attention: nn.Module, mlp_ratio: int | float, drop_path: float) -> None:
+    def __init__(self, dim: int, attention: nn.Module, mlp_ratio: int | float, drop_path: float, eps: float) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=EPS)
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = attention
-        self.norm2 = nn.LayerNorm(dim, eps=EPS)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = ConvGLU(dim, 2 * int(mlp_ratio * dim) // 3)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
@@ -62,12 +61,12 @@ class PatchEmbed(nn.Module):
 class Stage(nn.Module):
     """Patch embedding, blocks and LN, on (batch, X, Y, channels)."""
 
-    def __init__(self, patch_embed: PatchEmbed, blocks: list[Block], dim: int) -> None:
+    def __init__(self, patch_embed: PatchEmbed, blocks: list[Block], dim: int, eps: float) -> None:
         super().__init__()
         self.grad_checkpointing = False
         self.patch_embed = patch_embed
         self.blocks = nn.ModuleList(blocks)
-        self.norm = nn.LayerNorm(dim, eps=EPS)
+        self.norm = nn.LayerNorm(dim, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patch_embed(x)
@@ -87,11 +86,12 @@ class TransNeXt(Backbone):
         num_heads: attention heads in each stage.
         mlp_ratios: per stage, hidden width of an FFN by the block's width; the GLU takes two thirds of it.
         sr_ratios: per stage, side of the map by side of the pooled map; 1 is plain attention.
-        window_size: side of the neighbourhood, odd.
-        img_size: side of the images, in pixels, for which position biases are made before they are resized
-            ("interpolate").
-        pretrain_size: side of the images of the pre-training, at least 64; None means ``img_size``. It sets the unit
-            of the distances: keep it where a model is fine-tuned or evaluated at another size.
+        window_size: side of the neighbourhood, odd; or one for each stage, None where the ratio is 1.
+        img_size: side, or (height, width), of the images in pixels for which position biases are made before they are
+            resized ("interpolate").
+        pretrain_size: side, or (height, width), of the images of the pre-training, at least 64; None means
+            ``img_size``. It sets the unit of the distances: keep it where a model is fine-tuned or evaluated at another
+            size.
         position_bias: for images of other sizes "extrapolate" evaluates the bias network at the actual distances;
             "interpolate", the default of the authors' dense-prediction code, resizes the biases of ``img_size``.
         fixed_pool_size: cells a side of the pooled maps whatever the image, which makes the cost linear in the
@@ -102,6 +102,7 @@ class TransNeXt(Backbone):
         attn_drop_rate: dropout on attention weights.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block; rises linearly from 0.
+        norm_eps: of the norms of blocks and stages; those of patch embeddings and pooled branches have 1e-5.
 
     Shape: images (batch, in_chans, height, width) to logits (batch, num_classes).
 
@@ -130,9 +131,9 @@ class TransNeXt(Backbone):
         num_heads: Sequence[int] = (2, 4, 8, 16),
         mlp_ratios: Sequence[int | float] = (8, 8, 4, 4),
         sr_ratios: Sequence[int] = (8, 4, 2, 1),
-        window_size: int = 3,
-        img_size: int = 224,
-        pretrain_size: int | None = None,
+        window_size: int | Sequence[int | None] = 3,
+        img_size: int | tuple[int, int] = 224,
+        pretrain_size: int | tuple[int, int] | None = None,
         position_bias: str = "extrapolate",
         fixed_pool_size: int | None = None,
         shared_heads: Sequence[int] | None = None,
@@ -141,10 +142,12 @@ class TransNeXt(Backbone):
         attn_drop_rate: int | float = 0.0,
         drop_rate: int | float = 0.0,
         drop_path_rate: int | float = 0.0,
+        norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
+        windows = [window_size] * len(depths) if isinstance(window_size, int) else window_size
         per_stage = {"embed_dims": embed_dims, "depths": depths, "num_heads": num_heads}
-        per_stage |= {"mlp_ratios": mlp_ratios, "sr_ratios": sr_ratios}
+        per_stage |= {"mlp_ratios": mlp_ratios, "sr_ratios": sr_ratios, "window_size": windows}
         if (shared_heads is None) != (active_heads is None):
             raise ValueError(f"shared_heads={shared_heads} and active_heads={active_heads} belong together")
         if shared_heads is not None and active_heads is not None:
@@ -152,7 +155,8 @@ class TransNeXt(Backbone):
         if len({len(option) for option in per_stage.values()}) > 1:
             raise ValueError(f"options differ in length: {per_stage}")
         pretrain_size = img_size if pretrain_size is None else pretrain_size
-        if min(pretrain_size, img_size) < 64:
+        pretraining, image = image_sides(pretrain_size), image_sides(img_size)
+        if min(*pretraining, *image) < 64:
             raise ValueError(
                 f"pretrain_size={pretrain_size} and img_size={img_size} must be at least 64 pixels: distances are "
                 "divided by the last stage's side minus 1"
@@ -164,9 +168,9 @@ class TransNeXt(Backbone):
         for s, (dim, depth, heads, mlp_ratio, ratio) in enumerate(
             zip(embed_dims, depths, num_heads, mlp_ratios, sr_ratios)
         ):
-            sizes = {
-                "pretrain_side": pretrain_size // 2 ** (s + 2),
-                "base": (img_size // 2 ** (s + 2),) * 2,
+            sizes: dict[str, Any] = {
+                "pretrain_side": tuple(side // 2 ** (s + 2) for side in pretraining),
+                "base": tuple(side // 2 ** (s + 2) for side in image),
                 "position_bias": position_bias,
                 "qkv_bias": qkv_bias,
                 "attn_drop": attn_drop_rate,
@@ -174,14 +178,15 @@ class TransNeXt(Backbone):
             if shared_heads is not None and active_heads is not None:
                 sizes["routing"] = (shared_heads[s], active_heads[s])
 
-            def mixer(dim: int = dim, heads: int = heads, ratio: int = ratio, sizes: dict = sizes) -> nn.Module:
-                if ratio == 1:
-                    return CosineAttention(dim, heads, **sizes)
-                pooling = {"sr_ratio": ratio, "fixed_pool_size": fixed_pool_size}
-                return AggregatedAttention(dim, heads, window=window_size, **pooling, **sizes)
-
+            layer = CosineAttention
+            if ratio > 1:
+                if windows[s] is None:
+                    raise ValueError(f"window_size={window_size} has none for stage {s}, which pools by {ratio}")
+                layer = AggregatedAttention
+                sizes |= {"window": windows[s], "sr_ratio": ratio, "fixed_pool_size": fixed_pool_size}
             embed = PatchEmbed(embed_dims[s - 1], dim, 3, 2) if s else PatchEmbed(in_chans, dim, 7, 4)
-            stages.append(Stage(embed, [Block(dim, mixer(), mlp_ratio, next(rates)) for _ in range(depth)], dim))
+            blocks = [Block(dim, layer(dim, heads, **sizes), mlp_ratio, next(rates), norm_eps) for _ in range(depth)]
+            stages.append(Stage(embed, blocks, dim, norm_eps))
         self.stages = nn.ModuleList(stages)
         self.feature_info = [
             {"num_chs": dim, "reduction": 4 * 2**s, "module": f"stages.{s}"} for s, dim in enumerate(embed_dims)
