@@ -29,7 +29,7 @@ def robust_to_corruption(seed: int) -> Finding:
     """Train small transformers on clean digits, plain, with TAP, with ADL and with both; test them on corrupted ones.
 
     Only plain and both are judged; what TAP and ADL do alone is told beside them. In the time of a claim the models are
-    barely trained (about half of the clean digits are named rightly), and attention that is not sharp yet leaves ADL little to do.
+    barely trained (they name half of the clean digits), and attention that is not sharp yet leaves ADL little to do.
     """
     clean: dict[str, list[float]] = {name: [] for name in KINDS}
     corrupted: dict[str, list[float]] = {name: [] for name in KINDS}
