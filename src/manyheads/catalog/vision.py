@@ -417,9 +417,11 @@ VISION_SYSTEMS = (
             "manyheads.layers.fan.FANBlock",
             "manyheads.models.vision.token_robustness.add_token_pooling",
             "manyheads.models.vision.token_robustness.attention_maps",
+            "manyheads.models.vision.token_robustness.attention_inputs",
             "manyheads.models.vision.fan.FAN",
             "manyheads.models.vision.rvt.RVT",
             "manyheads.objectives.diversification.attention_diversification_loss",
+            "manyheads.objectives.diversification.diversification_from_queries",
         ),
     ),
     System(

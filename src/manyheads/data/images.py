@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from pathlib import Path
 
@@ -40,14 +41,21 @@ def digits(
     >>> tuple(train_images.shape), len(test_labels)
     ((1442, 3, 16, 16), 355)
     """
-    from sklearn.datasets import load_digits
-
     _check(size, channels)
-    flat, target = load_digits(return_X_y=True)
+    flat, target = _handwritten()
     pixels = torch.from_numpy(np.asarray(flat, np.float32)).view(-1, 1, 8, 8) / 16
     images = F.interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False)
     labels = torch.from_numpy(np.asarray(target, np.int64))
     return _divide(images.clamp(0, 1).repeat(1, channels, 1, 1), labels, seed)
+
+
+@functools.lru_cache(maxsize=1)
+def _handwritten() -> tuple[np.ndarray, np.ndarray]:
+    """Pixels and classes; scikit-learn reads them from a text file anew every time."""
+    from sklearn.datasets import load_digits
+
+    flat, target = load_digits(return_X_y=True)
+    return np.asarray(flat), np.asarray(target)
 
 
 def photos() -> dict[str, UInt8[Tensor, "3 height width"]]:

@@ -38,6 +38,9 @@ class Recipe:
         hflip: probability of a mirror image.
         crop_pct: share of the image's side that evaluation keeps (224 of 256 pixels is 0.875).
         diversification: weight of the attention diversification loss, see ``manyheads.objectives.diversification``.
+        patch_augmentation: probability of each change to single patches of an image (``augment_patches``). A step has a
+            second pass on images changed so, without the diversification loss; its loss adds to the first one's. 0 has
+            no such pass.
         head_balance: weight of the load-balancing loss, in models whose tokens choose their heads.
         repeats: differently augmented copies of an image (``RepeatedAugmentation``).
         balanced: every class is as frequent as any other (``BalancedClasses``).
@@ -69,6 +72,7 @@ class Recipe:
     hflip: float = 0.5
     crop_pct: float = 0.875
     diversification: float = 0.0
+    patch_augmentation: float = 0.0
     head_balance: float = 0.01
     repeats: int = 1
     balanced: bool = False
@@ -158,13 +162,13 @@ _NINFORMER = Recipe(
 )  # fmt: skip
 # arXiv 2304.03282 trains as DeiT does.
 _DEPENDENCY = Recipe(crop_pct=0.9, repeats=3)
-# arXiv 2303.11126. FAN: batches of 4,096, its averaged weights with timm's usual decay. RVT: without the augmentation
-# of single patches and the second backward pass that belongs to it.
+# arXiv 2303.11126. FAN: batches of 4,096, its averaged weights with timm's usual decay; its program cannot augment
+# patches, RVT's does.
 _FAN_TAP = Recipe(
     warmup_epochs=10, warmup_lr=2.5e-7, min_lr=2.5e-7, drop_path=0.35, auto_augment="rand-m9-mstd0.5-inc1",
     random_erasing=0.3, crop_pct=1.0, diversification=1.0, ema=0.9998,
 )  # fmt: skip
-_RVT_TAP = Recipe(diversification=1.0)
+_RVT_TAP = Recipe(diversification=1.0, patch_augmentation=0.1)
 # arXiv 2309.12424 names epochs and optimiser only: the rest is LightViT's (arXiv 2207.05557).
 _DUALTOKEN = Recipe(
     warmup_epochs=20, warmup_lr=1e-7, min_lr=1e-6, weight_decay=0.04, mixup=0.2, color_jitter=0.3, crop_pct=0.9
@@ -284,5 +288,5 @@ def recipe_for(model: str, *, small_images: bool = False) -> Recipe:
         recipe, optimizer="adamw", epochs=20, warmup_epochs=1, cooldown_epochs=0, lr=8e-3, linear_scaling=True,
         min_lr=1e-4, warmup_lr=1e-4, repeats=1, balanced=False, ema=0.0, drop_path=0.0, hflip=0.0, crop_scale=0.7,
         crop_padding=0, affine=(), auto_augment="rand-m3-n1-mstd0.5-inc1", mixup=0.1, cutmix=0.0, random_erasing=0.0,
-        crop_pct=1.0,
+        patch_augmentation=0.0, crop_pct=1.0,
     )  # fmt: skip

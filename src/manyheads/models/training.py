@@ -31,6 +31,7 @@ from manyheads.models.balanced_classes import BalancedClasses
 from manyheads.models.checkpoints import save_checkpoint
 from manyheads.models.image_data import ImageData, load_images
 from manyheads.models.image_trainer import ImageTrainer, TellEpoch, image_arguments
+from manyheads.models.patch_augmentation import augment_patches
 from manyheads.models.recipes import Recipe, recipe_for
 from manyheads.models.registry import check_classifies, create_model
 from manyheads.models.repeated_augmentation import RepeatedAugmentation
@@ -47,7 +48,7 @@ from manyheads.models.runs import (
 )
 from manyheads.models.schedule import cosine_schedule
 from manyheads.models.transforms import fit_to_size, suitable_size, test_transform, train_transform
-from manyheads.models.vision.token_robustness import attention_maps
+from manyheads.models.vision.token_robustness import attention_inputs
 from manyheads.models.weight_averaging import AVERAGED, AveragedWeights
 from manyheads.objectives.diversification import attention_diversification_loss
 
@@ -155,6 +156,8 @@ def train_vision(
         recipe = dataclasses.replace(recipe, diversification=diversification)
     if recipe.diversification < 0:
         raise ValueError(f"diversification={recipe.diversification} must not be negative")
+    if not 0 <= recipe.patch_augmentation <= 1:
+        raise ValueError(f"patch_augmentation={recipe.patch_augmentation} must be a probability")
     epochs = recipe.epochs if epochs is None else epochs
     if epochs < 1:
         raise ValueError(f"epochs={epochs} must be at least 1")
@@ -209,7 +212,7 @@ def train_vision(
             len(train), repeats=recipe.repeats, batch_size=batch_size, processes=world, seed=seed
         )
     averaged = AveragedWeights(network, recipe.ema, last)
-    trainer = ImageTrainer(
+    trainer = _Trainer(
         order,
         averaged,
         model=_Classifier(network, recipe, mix, loss),
@@ -276,12 +279,17 @@ class _Classifier(nn.Module):
         super().__init__()
         self.network, self.recipe, self.mix, self.objective = network, recipe, mix, objective
 
-    def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        targets, smoothing = labels, self.recipe.label_smoothing if self.training else 0.0
-        if self.training and self.mix is not None:
-            # On a copy, because timm mixes in place; its targets are smooth already.
-            pixel_values, targets = self.mix(pixel_values.clone(), labels)
-            smoothing = 0.0
+    def mixed(self, pixel_values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mixed images and their targets (images, classes), which are smooth already; without a mix, both as given."""
+        # On a copy, because timm mixes in place.
+        return (pixel_values, labels) if self.mix is None else self.mix(pixel_values.clone(), labels)
+
+    def forward(self, pixel_values: Tensor, labels: Tensor, diverse: bool = True) -> dict[str, Tensor]:
+        """The loss, without the ADL where not ``diverse``, and the logits. Images with targets are mixed already."""
+        targets = labels
+        if self.training and labels.ndim == 1:
+            pixel_values, targets = self.mixed(pixel_values, labels)
+        smoothing = self.recipe.label_smoothing if self.training and targets.ndim == 1 else 0.0
         if self.training and self.objective is not None:
             loss, logits = self.objective(pixel_values, targets, smoothing)
             return {"loss": loss, "logits": logits}
@@ -290,18 +298,33 @@ class _Classifier(nn.Module):
             outputs = self.network(pixel_values)
             loss = cast(Any, self.network).training_loss(outputs, targets, label_smoothing=smoothing)
             return {"loss": loss, "logits": outputs[-1]}
-        diverse = self.training and self.recipe.diversification > 0
+        diverse = diverse and self.training and self.recipe.diversification > 0
         with (
-            attention_maps(self.network) if diverse else nullcontext([]) as maps,
+            attention_inputs(self.network) if diverse else nullcontext([]) as attention,
             collect_routing(self.network) as routing,
         ):
             logits = self.network(pixel_values)
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
         if diverse:
-            loss = loss + self.recipe.diversification * attention_diversification_loss(maps)
+            loss = loss + self.recipe.diversification * attention_diversification_loss(attention)
         if self.training and routing:
             loss = loss + self.recipe.head_balance * routing.balance_loss()
         return {"loss": loss, "logits": logits}
+
+
+class _Trainer(ImageTrainer):
+    """Where the recipe augments patches, a step has a second pass on images with augmented patches, mixed alike."""
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **options: Any) -> Tensor:
+        classifier = cast(_Classifier, self.model)
+        probability = classifier.recipe.patch_augmentation
+        if not probability:
+            return super().training_step(model, inputs, *args, **options)
+        pixels, targets = classifier.mixed(**self._prepare_inputs(inputs))
+        loss = super().training_step(model, {"pixel_values": pixels, "labels": targets}, *args, **options)
+        patches = augment_patches(pixels, probability=probability)
+        second = {"pixel_values": patches, "labels": targets, "diverse": False}
+        return loss + super().training_step(model, second, *args, **options)
 
 
 class _AdaptiveClip(TrainerCallback):

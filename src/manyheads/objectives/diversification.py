@@ -10,26 +10,53 @@ For the attention maps A_l (batch, heads, N, N) of L layers, rows summing to 1::
 
 Where attention is nearly uniform, no token's average reaches t and the loss is zero, as is its gradient.
 
+A layer's term needs no map: a comes from column sums over blocks of queries, the cosines from a second pass over them.
+With the sums A = sum_i m_i / |m_i| and c = sum_i cos(m_i, a) kept from it, every block of the gradient stands alone::
+
+    BN dL/dm_ij = [m_ij > t] (a_j / |a| - cos_i m_ij / |m_i|) / |m_i| + [a_j > t] (A_j - c a_j / |a|) / N |a|
+
+so that a third pass takes it to queries and keys.
+
 Source: "Robustifying Token Attention for Vision Transformers", arXiv 2303.11126.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from manyheads.engines.common import accumulation_dtype
+from manyheads.engines.common import accumulation_dtype, resolve_scale
+
+EPS = 1e-8
+# Attention weights that a tile holds: on the CPU what its caches keep, on the GPU what fills it.
+_TILE = {"cpu": 2**18, "cuda": 2**24}
 
 
-def attention_diversification_loss(maps: Sequence[Tensor], *, threshold: int | float = 2.0) -> Tensor:
+class SoftmaxInput(NamedTuple):
+    """What a layer's attention weights softmax(scale query key^T) come from, and are computed from in blocks.
+
+    Attributes:
+        query, key: (batch, heads, N, head_dim).
+        scale: factor of the scores; None means ``head_dim ** -0.5``.
+    """
+
+    query: Tensor
+    key: Tensor
+    scale: float | None = None
+
+
+def attention_diversification_loss(maps: Sequence[Tensor | SoftmaxInput], *, threshold: int | float = 2.0) -> Tensor:
     """Mean cosine similarity between what single queries attend to and what all of them do on average.
 
     Args:
         maps: for each layer the attention weights (batch, heads, N, N) after the softmax; layers may differ in heads
-            and N. Gradients flow through them, not through the comparisons.
+            and N. Gradients flow through them, not through the comparisons. A ``SoftmaxInput`` stands for the weights
+            that it gives, as in ``diversification_from_queries``.
         threshold: weights up to ``threshold / N``, so many times the uniform weight, do not count.
 
     Returns:
@@ -48,16 +75,57 @@ def attention_diversification_loss(maps: Sequence[Tensor], *, threshold: int | f
     >>> attention_diversification_loss([torch.eye(4)[None, None]]).item()
     0.0
     """
-    if threshold <= 0:
-        raise ValueError(f"threshold={threshold} must be positive")
+    _check_threshold(threshold)
     if not len(maps):
         raise ValueError("maps must hold the attention weights of at least one layer")
-    total = torch.zeros((), device=maps[0].device)
+    terms = []
     for weights in maps:
+        if isinstance(weights, SoftmaxInput):
+            terms.append(diversification_from_queries(*weights[:2], scale=weights.scale, threshold=threshold))
+            continue
         if weights.ndim != 4 or weights.shape[-1] != weights.shape[-2] or not weights.numel():
             raise ValueError(f"attention weights must be (batch, heads, N, N), got {tuple(weights.shape)}")
-        total = total + _layer(weights, threshold / weights.shape[-1])
-    return total / (len(maps) + 1e-6)
+        terms.append(_layer(weights, threshold / weights.shape[-1]))
+    return sum(terms[1:], terms[0]) / (len(maps) + 1e-6)
+
+
+def diversification_from_queries(
+    query: Tensor, key: Tensor, *, scale: float | None = None, threshold: int | float = 2.0
+) -> Tensor:
+    """The term L_l of one layer of softmax self-attention, from its queries and keys.
+
+    No map is kept: blocks of it are made anew in each of two passes and in the backward. Memory grows with the tokens,
+    not with their square, and the layer itself can use a fused kernel.
+
+    Args:
+        query, key: (batch, heads, N, head_dim) as they meet in the layer's softmax.
+        scale: factor of the scores; None means ``head_dim ** -0.5``.
+        threshold: as in ``attention_diversification_loss``, whose value for L layers is the sum of their terms by
+            L + 1e-6.
+
+    Returns:
+        A scalar in [0, 1], in float32 (float64 for float64 input), in which half precision is computed throughout. It
+        can be differentiated once.
+
+    Raises:
+        ValueError: queries and keys of different or other shapes, a threshold that is not positive.
+
+    Source: arXiv 2303.11126, section 3.2.
+
+    >>> import torch
+    >>> query, key = 3 * torch.randn(2, 2, 4, 9, 8)
+    >>> maps = [(query @ key.mT * 8**-0.5).softmax(-1)]
+    >>> difference = diversification_from_queries(query, key) - attention_diversification_loss(maps)
+    >>> difference.abs().item() < 1e-5
+    True
+    """
+    _check_threshold(threshold)
+    if query.ndim != 4 or query.shape != key.shape or not query.numel():
+        raise ValueError(
+            f"query and key must both be (batch, heads, N, head_dim), got {tuple(query.shape)} and {tuple(key.shape)}"
+        )
+    least = threshold / query.shape[2]
+    return _Diversification.apply(query, key, resolve_scale(scale, query.shape[-1]), least)
 
 
 def overfocus(weights: Tensor) -> float:
@@ -72,8 +140,93 @@ def overfocus(weights: Tensor) -> float:
     return weights.detach().mean(-2).amax(-1).mean().item()
 
 
+def _check_threshold(threshold: int | float) -> None:
+    if threshold <= 0:
+        raise ValueError(f"threshold={threshold} must be positive")
+
+
 def _layer(weights: Tensor, least: float) -> Tensor:
     mean = weights.to(accumulation_dtype(weights.dtype)).mean(dim=1)
     average = mean.mean(dim=1, keepdim=True)
     mean, average = mean * (mean > least), average * (average > least)
-    return F.cosine_similarity(mean, average, dim=-1, eps=1e-8).mean()
+    return F.cosine_similarity(mean, average, dim=-1, eps=EPS).mean()
+
+
+class _Diversification(torch.autograd.Function):
+    """The term of one layer in tiles: several images, or some queries of one."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, scale: float, least: float) -> Tensor:
+        batch, _, n, _ = query.shape
+        averages, pulls, totals = [], [], []
+        with torch.autocast(query.device.type, enabled=False):
+            for images, blocks in _tiles(query):
+                group = (query[images], key[images], scale, blocks)
+                # What fits into one tile is not computed twice.
+                whole = list(_means(*group)) if len(blocks) == 1 else None
+                average = torch.stack([part.sum(1) for part in whole or _means(*group)]).sum(0)[:, None] / n
+                average = average * (average > least)
+                direction, norm = _unit(average)
+                sums, cosines = [], []
+                for part in whole or _means(*group):
+                    rows, _ = _unit(part * (part > least))
+                    sums.append(rows.sum(1, keepdim=True))
+                    cosines.append((rows @ direction.mT).sum(1, keepdim=True))
+                along, cosine = torch.stack(sums).sum(0), torch.stack(cosines).sum(0)
+                averages.append(average)
+                pulls.append((average > 0) * (along - cosine * direction) / (n * norm))
+                totals.append(cosine.sum())
+        ctx.save_for_backward(query, key, torch.cat(averages), torch.cat(pulls))
+        ctx.scale, ctx.least = scale, least
+        return torch.stack(totals).sum() / (batch * n)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        query, key, average, pull = ctx.saved_tensors
+        batch, heads, n, _ = query.shape
+        d_query, d_key = (torch.zeros_like(part, dtype=average.dtype) for part in (query, key))
+        direction, _ = _unit(average)
+        share = grad * ctx.scale / (batch * n * heads)
+        with torch.autocast(query.device.type, enabled=False):
+            for images, blocks in _tiles(query):
+                keys = key[images].to(average.dtype)
+                for rows in blocks:
+                    queries = query[images, :, rows].to(average.dtype)
+                    weights = _weights(queries, keys, ctx.scale)
+                    mean = weights.mean(1)
+                    seen = mean > ctx.least
+                    unit, norm = _unit(mean * seen)
+                    cosine = unit @ direction[images].mT
+                    d_mean = share * (seen * (direction[images] - cosine * unit) / norm + pull[images])
+                    d_weights = weights * d_mean[:, None]
+                    d_scores = d_weights.addcmul_(weights, d_weights.sum(-1, keepdim=True), value=-1)
+                    d_query[images, :, rows] = d_scores @ keys
+                    d_key[images] += d_scores.mT @ queries
+        return d_query.to(query.dtype), d_key.to(key.dtype), None, None
+
+
+def _tiles(query: Tensor) -> list[tuple[slice, list[slice]]]:
+    """Groups of images, each with blocks of queries, whose weights for all heads and keys fit into a tile."""
+    batch, heads, n, _ = query.shape
+    size = _TILE.get(query.device.type, _TILE["cuda"])
+    images, rows = max(1, size // (heads * n * n)), min(n, max(1, size // (heads * n)))
+    blocks = [slice(start, start + rows) for start in range(0, n, rows)]
+    return [(slice(start, start + images), blocks) for start in range(0, batch, images)]
+
+
+def _means(query: Tensor, key: Tensor, scale: float, blocks: list[slice]) -> Iterator[Tensor]:
+    """The mean over heads of the attention weights, block by block of queries."""
+    for rows in blocks:
+        yield _weights(query[:, :, rows], key, scale).mean(1)
+
+
+def _weights(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    dtype = accumulation_dtype(query.dtype)
+    return (query.to(dtype) * scale @ key.to(dtype).mT).softmax(-1)
+
+
+def _unit(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows by their norms, and these; zeros stay zeros."""
+    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp(min=EPS)
+    return rows / norm, norm
