@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from manyheads.models.checkpoints import load_checkpoint
 from manyheads.models.vision.maxvit import MaxViT
 from manyheads.models.vision.maxvit_checkpoints import checkpoint_filter_fn
 from manyheads.ops.multi_axis import block_attention, grid_attention
-from tests.goldens.systems._tensors import arrays, gradients, tensors, with_counters
+from tests.goldens.systems._gradients import of_backbone
+from tests.goldens.systems._tensors import arrays, gradients, tensors
 
 OPERATORS = {"block_attention": block_attention, "grid_attention": grid_attention}
 RENAMED = {"embed_dim": "embed_dims", "dim_head": "head_dim", "init_values": "layer_scale"}
@@ -43,21 +43,15 @@ def _operator(config: dict, given: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _model(config: dict, weights: dict[str, Tensor], given: dict[str, Tensor]) -> dict[str, Tensor]:
-    for part in (config.get("conv_cfg"), config.get("transformer_cfg")):  # where the reference nests its options
-        config = (part or {}) | config
+    # Where the reference nests its options, or prefixes them.
+    plain = {name: value for name, value in config.items() if not name.startswith(("conv_", "transformer_"))}
+    flat = {name.removeprefix("transformer_"): value for name, value in config.items() if name not in plain}
+    config = {**(config.get("transformer_cfg") or {}), **flat, **plain}
     options = {name: config[name] for name in PLAIN if config.get(name) is not None}
     options |= {ours: config[theirs] for theirs, ours in RENAMED.items() if config.get(theirs) is not None}
     flavour = config.get("flavour") or FLAVOURS.get(config.get("rel_pos_type") or "", "")
-    model = MaxViT(**options, flavour=flavour or _flavour(weights)).eval()
-    load_checkpoint(model, with_counters(weights, model), checkpoint_filter_fn)
-    image = given["x"].requires_grad_("dlogits" in given)
-    last, maps = model.forward_intermediates(image)
-    logits = model.forward_head(last)
-    outputs = {"logits": logits, **{f"feature{s}": x for s, x in enumerate(maps, 1)}}
-    if "dlogits" in given:
-        (logits * given["dlogits"]).sum().backward()
-        outputs["dx"] = image.grad
-    return outputs
+    model = MaxViT(**options, flavour=flavour or _flavour(weights))
+    return of_backbone(model, weights, checkpoint_filter_fn, given, training=bool(config.get("training")))
 
 
 def _flavour(weights: dict[str, Tensor]) -> str:
