@@ -385,13 +385,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "haloregnetz_b": {
         "patterns": ("bb", "b" * 6, "bbba" * 3, "aa"), "embed_dims": (48, 96, 192, 288), "strides": (2, 2, 2, 2),
         "ratios": (3, 3, 3, 3), "block": 7, "qk_ratio": 0.33, "stem": "3x3", "stem_width": 32, "stem_pool": False,
-        "final_width": 1536, "act": "silu", "group_width": 16, "channel_attention": "se", "squeeze": 0.25, "expand_input": True,
-        "linear_out": True, "project_shortcut": False,
+        "final_width": 1536, "act": "silu", "group_width": 16, "channel_attention": "se", "squeeze": 0.25,
+        "expand_input": True, "linear_out": True, "project_shortcut": False,
     },
 }  # fmt: skip
-_CROPS = dict.fromkeys(
-    ("halonet50ts", "sehalonet33ts", "eca_halonext26ts", "haloregnetz_b"), 0.94
-)  # fmt: skip
+_CROPS = dict.fromkeys(("halonet50ts", "sehalonet33ts", "eca_halonext26ts", "haloregnetz_b"), 0.94)
 _SIZES = {"halonet_h3": 320, "halonet_h4": 384, "halonet_h5": 448, "halonet_h6": 512, "halonet_h7": 640,
           "haloregnetz_b": 224}  # fmt: skip
 for _name, _variant in VARIANTS.items():
