@@ -389,7 +389,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "expand_input": True, "linear_out": True, "project_shortcut": False,
     },
 }  # fmt: skip
-_CROPS = dict.fromkeys(("halonet50ts", "sehalonet33ts", "eca_halonext26ts", "haloregnetz_b"), 0.94)
+_CROPS: dict[str, float] = dict.fromkeys(("halonet50ts", "sehalonet33ts", "eca_halonext26ts", "haloregnetz_b"), 0.94)
 _SIZES = {"halonet_h3": 320, "halonet_h4": 384, "halonet_h5": 448, "halonet_h6": 512, "halonet_h7": 640,
           "haloregnetz_b": 224}  # fmt: skip
 for _name, _variant in VARIANTS.items():
