@@ -58,7 +58,7 @@ def test_every_command_prints_json_on_request(command):
 def test_list_filters():
     assert "59 of 59" in _output("list")
     found = json.loads(_output("list", "--room", "adapt", "--state", "works", "--json"))
-    assert [system["slug"] for system in found] == ["agent_attention", "duo_attention", "moh"]
+    assert [system["slug"] for system in found] == ["agent_attention", "duo_attention", "moh", "sparsifiner"]
 
 
 def test_tables_fit_80_columns():

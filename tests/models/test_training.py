@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from manyheads.models.balanced_classes import BalancedClasses
 from manyheads.models.evaluation import _corrupt, count_flops, evaluate_vision
 from manyheads.models.image_data import ImageData, load_images
 from manyheads.models.recipes import recipe_for
@@ -27,6 +28,7 @@ from manyheads.models.repeated_augmentation import RepeatedAugmentation
 from manyheads.models.schedule import cosine_schedule
 from manyheads.models.training import make_optimizer, train_vision
 from manyheads.models.transforms import test_transform as evaluation_transform
+from manyheads.models.transforms import train_transform
 from manyheads.models.weight_averaging import AVERAGED
 
 MODEL = {"depths": (1, 1), "embed_dims": (32, 64), "topks": (2, -2), "regions": 2}
@@ -125,6 +127,38 @@ def test_copies_of_an_image_go_to_different_processes(processes: int) -> None:
     copies = [data[2, copy]["pixel_values"] for copy in (0, 1, 0)]
     assert torch.equal(copies[0], copies[2])
     assert not torch.equal(copies[0], copies[1])
+
+
+def test_balanced_batches_hold_every_class() -> None:
+    labels = [0] * 20 + [1] * 3 + [2] * 7
+    order = BalancedClasses(labels, steps=5, batch_size=6, seed=2)
+    images = list(order)
+    assert len(images) == len(order) == 30
+    for start in range(0, 30, 6):
+        assert sorted(labels[image] for image in images[start : start + 6]) == [0, 0, 1, 1, 2, 2]
+    rare = Counter(image for image in images if labels[image] == 1)
+    assert max(rare.values()) - min(rare.values()) <= 1
+    order.set_epoch(1)
+    assert list(order) != images
+    order.set_epoch(0)
+    assert list(order) == images
+    assert _few_digits().train.labels() == [label for _, label in map(_few_digits().train.read, range(96))]
+
+
+def test_images_are_turned_sheared_and_lit_as_the_recipe_says() -> None:
+    with torch.device("meta"):
+        model = create_model("medusa")
+    grey = Image.new("RGB", (64, 64), (128, 128, 128))
+    recipe = dataclasses.replace(recipe_for("medusa"), hflip=0.0)
+    lit = dataclasses.replace(recipe, affine=(0, 0.0, 0))
+    torch.manual_seed(0)
+    values = torch.stack([train_transform(model, 32, lit)(grey)[0, 16, 16] for _ in range(200)])
+    most, least = 1.1 * 128 / 255 + 10 / 255, 0.9 * 128 / 255 - 10 / 255
+    assert least <= values.min() < least + 0.03
+    assert most - 0.03 < values.max() <= most
+    moved = dataclasses.replace(recipe, intensity=(0.0, 0.0))
+    corners = torch.stack([train_transform(model, 32, moved)(grey)[0, 0, 0] for _ in range(50)])
+    assert 0 < (corners == 0).float().mean() < 1
 
 
 def test_the_rate_rises_falls_and_rests() -> None:

@@ -15,6 +15,7 @@ from manyheads.engines import blocksparse_tiles as tiles
 from manyheads.engines.blocksparse_plan import BlockPlan, TableBias
 from manyheads.engines.blocksparse_scores import Problem
 from manyheads.engines.common import accumulation_dtype
+from manyheads.engines.counting import count_inside
 
 
 def tiled(query, key, value, plan, predicate, bias, scale) -> tuple[Tensor, Tensor]:
@@ -146,6 +147,7 @@ _OPERATOR_SCHEMA = (
 )
 
 
+@count_inside
 @torch.library.custom_op("manyheads::blocksparse", mutates_args=(), schema=_OPERATOR_SCHEMA)
 def _operator(
     query: Tensor,
@@ -174,6 +176,7 @@ _OPERATOR_BACKWARD_SCHEMA = (
 )
 
 
+@count_inside
 @torch.library.custom_op("manyheads::blocksparse_backward", mutates_args=(), schema=_OPERATOR_BACKWARD_SCHEMA)
 def _operator_backward(
     grad_out: Tensor,

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from manyheads.engines.common import accumulation_dtype
+from manyheads.engines.counting import count_inside
 
 TILE = 1 << 20  # scores in a tile: 4 MiB in float32, which stays in a core's share of the cache
 
@@ -167,6 +168,7 @@ _SCHEMA = (
 )
 
 
+@count_inside
 @torch.library.custom_op("manyheads::dense_forward", mutates_args=(), schema=_SCHEMA)
 def dense_forward(query, key, value, mask, bias, causal, scale, normalizer):
     """Output (batch, heads, queries, value_dim) and lse (batch, heads, queries); lse is 0 without a normaliser."""
@@ -207,6 +209,7 @@ _SCHEMA = (
 )
 
 
+@count_inside
 @torch.library.custom_op("manyheads::dense_backward", mutates_args=(), schema=_SCHEMA)
 def dense_backward(grad, grad_lse, query, key, value, out, lse, mask, bias, causal, scale, normalizer, bias_grad):
     """Gradients of query, key, value and bias (empty where it is not asked for)."""

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manyheads.engines.common import accumulation_dtype
+from manyheads.engines.counting import count_inside
 
 TILE = 1 << 20  # pairs in a tile: 4 MiB in float32, which stays in a core's share of the cache
 
@@ -55,6 +56,7 @@ def hidden_pairs(
 _SCHEMA = "(Tensor query, Tensor key, Tensor sent, Tensor? parent_mask, bool causal, float scale) -> Tensor"
 
 
+@count_inside
 @torch.library.custom_op("manyheads::reversed_tiles", mutates_args=(), schema=_SCHEMA)
 def reversed_tiles(query, key, sent, parent_mask, causal, scale):
     """What the parents receive, (batch, heads, parents, value_dim); all arguments with the same number of heads."""
@@ -77,6 +79,7 @@ _SCHEMA = (
 )
 
 
+@count_inside
 @torch.library.custom_op("manyheads::reversed_tiles_backward", mutates_args=(), schema=_SCHEMA)
 def reversed_tiles_backward(grad, query, key, sent, parent_mask, causal, scale):
     """Gradients of query, key and the contents sent."""

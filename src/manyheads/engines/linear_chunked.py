@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from manyheads.engines.common import accumulation_dtype
+from manyheads.engines.counting import count_inside
 
 # Heads whose chunks of q, k, v, scores and state are worked on together per thread: about 1 MiB, one core's L2.
 HEADS_PER_THREAD = 8
@@ -140,6 +141,7 @@ def _rows(log_decay: Tensor | None, batch: int, merged: bool) -> Tensor | None:
     return _merge(log_decay[None].expand(batch, -1) if log_decay.ndim == 1 else log_decay, merged)
 
 
+@count_inside
 @torch.library.custom_op("manyheads::linear_chunked", mutates_args=(), schema=_SCHEMA)
 def chunked(query, key, value, log_decay, state, cu_seqlens, scale, chunk, causal, keep):
     """(out, final state, kept states) of linear attention; the arguments are checked by the caller."""
@@ -201,6 +203,7 @@ def _(query, key, value, log_decay, state, cu_seqlens, scale, chunk, causal, kee
     )
 
 
+@count_inside
 @torch.library.custom_op("manyheads::linear_chunked_backward", mutates_args=(), schema=_BACKWARD_SCHEMA)
 def chunked_backward(
     query, key, value, log_decay, states, cu_seqlens, grad_out, grad_state, scale, chunk, causal

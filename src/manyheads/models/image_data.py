@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,13 @@ class LabelledImages(Dataset):
     colour, or in grey where ``mode`` is "L".
     """
 
-    def __init__(self, length: int, read: Callable[[int], tuple[Image.Image, int]]) -> None:
-        self.length, self.read = length, read
+    def __init__(
+        self,
+        length: int,
+        read: Callable[[int], tuple[Image.Image, int]],
+        labels: Callable[[], Sequence[int]] | None = None,
+    ) -> None:
+        self.length, self.read, self._labels = length, read, labels
         self.transform: Transform | None = None
         self.mode = "RGB"
         self.seed: int | None = None
@@ -40,6 +45,12 @@ class LabelledImages(Dataset):
 
     def __len__(self) -> int:
         return self.length
+
+    def labels(self) -> list[int]:
+        """The class of every image, where the source knows it without reading the images."""
+        if self._labels is None:
+            return [int(self.read(index)[1]) for index in range(self.length)]
+        return [int(label) for label in self._labels()][: self.length]
 
     def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
         which = (index,) if isinstance(index, int) else index
@@ -134,7 +145,9 @@ def _embedded(name: str, image_size: int | None) -> ImageData:
     train_images, train_labels, test_images, test_labels = getattr(images, name)(size=size)
 
     def part(pixels: torch.Tensor, labels: torch.Tensor) -> LabelledImages:
-        return LabelledImages(len(labels), lambda index: (to_pil_image(pixels[index]), int(labels[index])))
+        return LabelledImages(
+            len(labels), lambda index: (to_pil_image(pixels[index]), int(labels[index])), labels.tolist
+        )
 
     classes = int(train_labels.max()) + 1
     return ImageData(part(train_images, train_labels), part(test_images, test_labels), classes, size)
@@ -154,7 +167,7 @@ def _folder(path: Path) -> ImageData:
         raise ValueError(f"{path}: the classes of train {train.classes[:5]} and test {test.classes[:5]} differ")
 
     def read(folder: ImageFolder) -> LabelledImages:
-        return LabelledImages(len(folder), lambda index: folder[index])
+        return LabelledImages(len(folder), lambda index: folder[index], lambda: folder.targets)
 
     return ImageData(None if train is None else read(train), read(test), len(test.classes))
 
@@ -186,7 +199,7 @@ def _hugging_face(source: str, *, saved: bool) -> ImageData:
             row = split[index]
             return row[image], row[label]
 
-        return LabelledImages(len(split), one)
+        return LabelledImages(len(split), one, lambda: split[label])
 
     train = None if splits["t"] is None else read(loaded[splits["t"]])
     return ImageData(train, read(loaded[splits["e"]]), features[label].num_classes)

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from manyheads.models.image_data import LabelledImages
-from manyheads.models.repeated_augmentation import RepeatedAugmentation
 from manyheads.models.runs import common_arguments
 from manyheads.models.weight_averaging import AveragedWeights
 
@@ -24,7 +24,7 @@ class ImageTrainer(Trainer):
         options: of transformers' Trainer.
     """
 
-    def __init__(self, order: RepeatedAugmentation | None, averaged: AveragedWeights, **options: Any) -> None:
+    def __init__(self, order: Sampler | None, averaged: AveragedWeights, **options: Any) -> None:
         super().__init__(data_collator=_collate, **options)
         self.order = order
         self.averaged = averaged

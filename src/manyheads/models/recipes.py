@@ -32,11 +32,15 @@ class Recipe:
         crop_scale: smallest share of the image's area that a random crop keeps.
         crop_padding: pixels around the image within which a crop of its full size is shifted; such a crop and the
             mirror take the place of all other augmentations of single images. 0 has none.
+        affine: largest rotation in degrees, shift as a share of the side, and shear in degrees; they, ``intensity`` and
+            the mirror take the place of the other augmentations of single images. () has none.
+        intensity: with ``affine``, largest relative change of all values' scale, and shift of them (1 is white).
         hflip: probability of a mirror image.
         crop_pct: share of the image's side that evaluation keeps (224 of 256 pixels is 0.875).
         diversification: weight of the attention diversification loss, see ``manyheads.objectives.diversification``.
         head_balance: weight of the load-balancing loss, in models whose tokens choose their heads.
         repeats: differently augmented copies of an image (``RepeatedAugmentation``).
+        balanced: every class is as frequent as any other (``BalancedClasses``).
         ema: decay of the averaged weights, which are judged and saved; 0 has none.
     """
 
@@ -60,11 +64,14 @@ class Recipe:
     color_jitter: float = 0.4
     crop_scale: float = 0.08
     crop_padding: int = 0
+    affine: tuple[int | float, ...] = ()
+    intensity: tuple[float, float] = (0.0, 0.0)
     hflip: float = 0.5
     crop_pct: float = 0.875
     diversification: float = 0.0
     head_balance: float = 0.01
     repeats: int = 1
+    balanced: bool = False
     ema: float = 0.0
 
 
@@ -167,12 +174,12 @@ _DYN_PERCEIVER = Recipe(warmup_epochs=20, min_lr=1e-6, drop_path=0.0, ema=0.9999
 _DYN_PERCEIVER_RESNET = dataclasses.replace(_DYN_PERCEIVER, lr=6e-4, drop_path=0.2)
 # arXiv 2303.13755, the 45 epochs after the predictors' 5, from the weights of a trained model, 8 x 168 images a step.
 _SPARSIFINER = Recipe(lr=8e-5, min_lr=2e-6, linear_scaling=False, epochs=45, warmup_epochs=3)
-# arXiv 2110.06063: Adam without decay at one rate, whatever the batch (16). The number of epochs is not published. Left
-# out: batches of half positives and half negatives, weights of the classes, shear and rotation.
+# arXiv 2110.06063: Adam without decay at one rate, whatever the batch (16); shifts of 20 of 480 pixels, a shear of 0.15
+# (radians). The number of epochs is not published, nor are the weights of the classes, which are left out.
 _MEDUSA = Recipe(
     lr=1e-4, linear_scaling=False, epochs=50, warmup_epochs=0, warmup_lr=1e-4, min_lr=1e-4, weight_decay=0.0,
-    drop_path=0.0, label_smoothing=0.0, auto_augment="", mixup=0.0, cutmix=0.0, random_erasing=0.0, color_jitter=0.1,
-    crop_scale=0.9, crop_pct=1.0,
+    drop_path=0.0, label_smoothing=0.0, auto_augment="", mixup=0.0, cutmix=0.0, random_erasing=0.0,
+    affine=(5.0, 1 / 24, 8.6), intensity=(0.1, 10 / 255), balanced=True, crop_pct=1.0,
 )  # fmt: skip
 RECIPES = {
     **{f"dyn_perceiver_regnet_y_{size}": _DYN_PERCEIVER for size in ("400mf", "800mf", "1_6gf", "3_2gf")},
@@ -275,8 +282,8 @@ def recipe_for(model: str, *, small_images: bool = False) -> Recipe:
     if not small_images:
         return recipe
     return dataclasses.replace(
-        recipe, optimizer="adamw", epochs=20, warmup_epochs=1, cooldown_epochs=0, repeats=1, ema=0.0, lr=8e-3,
-        linear_scaling=True, min_lr=1e-4,
-        warmup_lr=1e-4, drop_path=0.0, hflip=0.0, crop_scale=0.7, crop_padding=0,
-        auto_augment="rand-m3-n1-mstd0.5-inc1", mixup=0.1, cutmix=0.0, random_erasing=0.0, crop_pct=1.0,
+        recipe, optimizer="adamw", epochs=20, warmup_epochs=1, cooldown_epochs=0, lr=8e-3, linear_scaling=True,
+        min_lr=1e-4, warmup_lr=1e-4, repeats=1, balanced=False, ema=0.0, drop_path=0.0, hflip=0.0, crop_scale=0.7,
+        crop_padding=0, affine=(), auto_augment="rand-m3-n1-mstd0.5-inc1", mixup=0.1, cutmix=0.0, random_erasing=0.0,
+        crop_pct=1.0,
     )  # fmt: skip

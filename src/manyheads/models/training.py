@@ -27,6 +27,7 @@ from transformers import TrainerCallback, set_seed
 
 from manyheads.engines.common import check_choice
 from manyheads.layers.mixture_of_heads import collect_routing
+from manyheads.models.balanced_classes import BalancedClasses
 from manyheads.models.checkpoints import save_checkpoint
 from manyheads.models.image_data import ImageData, load_images
 from manyheads.models.image_trainer import ImageTrainer, TellEpoch, image_arguments
@@ -201,7 +202,9 @@ def train_vision(
         warmup_lr=min(recipe.warmup_lr / recipe.lr, 1.0), min_lr=min(recipe.min_lr * share / rate, 1.0),
     )  # fmt: skip
     order = None
-    if recipe.repeats > 1:
+    if recipe.balanced:
+        order = BalancedClasses(train.labels(), steps=per_epoch, batch_size=batch_size * world, seed=seed)
+    elif recipe.repeats > 1:
         order = RepeatedAugmentation(
             len(train), repeats=recipe.repeats, batch_size=batch_size, processes=world, seed=seed
         )

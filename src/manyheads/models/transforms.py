@@ -5,26 +5,34 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
-from torch import nn
+from torch import Tensor, nn
 from torchvision import transforms
 
 from manyheads.models.recipes import Recipe
+
+_LINEAR = transforms.InterpolationMode.BILINEAR
 
 
 def train_transform(model: nn.Module, size: int, recipe: Recipe) -> Callable:
     """timm's random crop, flip, RandAugment and erasing, with the model's mean and deviation.
 
-    A recipe with ``crop_padding`` has a shifted crop and a flip instead, which timm does not offer.
+    A recipe with ``crop_padding`` or ``affine`` has these and a flip instead, which timm does not offer.
     """
     statistics = _statistics(model)
-    if recipe.crop_padding:
+    if recipe.crop_padding or recipe.affine:
+        moved: list[Callable] = [transforms.RandomCrop(size, recipe.crop_padding)] if recipe.crop_padding else []
+        if recipe.affine:
+            degrees, shift, shear = recipe.affine
+            moved.append(transforms.RandomAffine(degrees, translate=(shift, shift), shear=shear, interpolation=_LINEAR))
         return transforms.Compose(
             [
                 transforms.Resize((size, size), transforms.InterpolationMode.BICUBIC),
-                transforms.RandomCrop(size, recipe.crop_padding),
+                *moved,
                 transforms.RandomHorizontalFlip(recipe.hflip),
                 transforms.ToTensor(),
+                RandomIntensity(*(recipe.intensity if recipe.affine else (0.0, 0.0))),
                 transforms.Normalize(**statistics),
             ]
         )
@@ -40,6 +48,19 @@ def train_transform(model: nn.Module, size: int, recipe: Recipe) -> Callable:
         re_mode="pixel",
         **statistics,
     )
+
+
+class RandomIntensity:
+    """Scale all values of an image by up to 1 +- ``scale``, and shift them by up to +- ``shift``."""
+
+    def __init__(self, scale: float, shift: float) -> None:
+        self.scale, self.shift = scale, shift
+
+    def __call__(self, image: Tensor) -> Tensor:
+        if not self.scale and not self.shift:
+            return image
+        scale, shift = torch.empty(2).uniform_(-1, 1).tolist()
+        return image * (1 + self.scale * scale) + self.shift * shift
 
 
 def test_transform(model: nn.Module, size: int, recipe: Recipe) -> Callable:

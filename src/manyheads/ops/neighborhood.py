@@ -20,6 +20,7 @@ from manyheads.engines.blocksparse_plan import TableBias
 from manyheads.engines.blocksparse_scores import Problem
 from manyheads.engines.blocksparse_tiles import Dropout
 from manyheads.engines.common import accumulation_dtype, check_choice, check_qkv, repeat_heads, resolve_scale
+from manyheads.engines.counting import count_inside
 from manyheads.engines.dense import attention
 from manyheads.engines.merge import merge
 from manyheads.ops.neighborhood_plan import Axis, Layout, check_axis, layout, neighborhood_mask
@@ -189,6 +190,7 @@ _OPERATOR_SCHEMA = (
 )
 
 
+@count_inside
 @torch.library.custom_op("manyheads::neighborhood", mutates_args=(), schema=_OPERATOR_SCHEMA)
 def _operator(
     query: Tensor,
@@ -228,6 +230,7 @@ _OPERATOR_BACKWARD_SCHEMA = (
 )
 
 
+@count_inside
 @torch.library.custom_op("manyheads::neighborhood_backward", mutates_args=(), schema=_OPERATOR_BACKWARD_SCHEMA)
 def _operator_backward(
     grad_out: Tensor,

@@ -65,6 +65,7 @@ class Medusa(nn.Module):
         width: channels of the stem; stages have 4, 8, 16 and 32 times as many.
         body_width: channels of the body's finest level.
         drop_rate: dropout before the classifier.
+        body_starts: in training, the epoch before which body and heads do not learn (the authors' ``in_sem``).
 
     Shape: image (batch, in_chans, height, width) in [0, 1] and, optionally, the same picture as the body wants it,
     (batch, 1, h, w) with zero mean and unit deviation, to logits (batch, num_classes). Without the second input it is
@@ -93,6 +94,7 @@ class Medusa(nn.Module):
         width: int = 64,
         body_width: int = 32,
         drop_rate: int | float = 0.0,
+        body_starts: int = 0,
     ) -> None:
         super().__init__()
         check_choice("attention", attention, ATTENTIONS)
@@ -102,7 +104,7 @@ class Medusa(nn.Module):
         if any(side < 16 or side % 16 for side in self.semantic_size):
             raise ValueError(f"semantic_size={semantic_size} must be divisible by 16")
         self.in_chans, self.num_classes, self.attention, self.drop_rate = in_chans, num_classes, attention, drop_rate
-        self.grad_checkpointing = False
+        self.grad_checkpointing, self.body_starts = False, body_starts
         dims = [width, *(4 * width * 2**s for s in range(4))]
         self.dims = dims
         self.sem = GlobalAttention(body_width)
@@ -142,17 +144,16 @@ class Medusa(nn.Module):
             fresh = nn.Linear(features, self.num_classes) if self.num_classes else nn.Identity()
             self.final_output = fresh.to(like.device, like.dtype)
 
-    def frozen_parameters(self, epoch: int, *, offset: int = 0) -> list[nn.Parameter]:
+    def frozen_parameters(self, epoch: int) -> list[nn.Parameter]:
         """The authors' alternation: body and heads learn in every third epoch, everything else in the others.
 
         Args:
-            epoch: from 0.
-            offset: before this epoch, body and heads do not learn at all.
+            epoch: from 0; before ``body_starts``, body and heads do not learn at all.
 
         Returns:
             The parameters that keep their values in this epoch; batch norms go on counting.
         """
-        body = epoch >= offset and epoch % 3 == 0
+        body = epoch >= self.body_starts and epoch % 3 == 0
         return [parameter for name, parameter in self.named_parameters() if name.startswith("sem.") != body]
 
     def attend(self, image: Tensor, semantic: Tensor | None = None) -> Tensor:
