@@ -28,6 +28,8 @@ PARAMETERS = {
     "sehalonet33ts": 13_691_712,
     "eca_halonext26ts": 10_756_885,
     "haloregnetz_b": 11_680_072,
+    "lamhalobotnet50ts": 22_569_824,
+    "halo2botnet50ts": 22_635_360,
 }
 
 
@@ -61,6 +63,49 @@ def test_timm_computes_the_same_with_the_same_weights(name: str) -> None:
     x = torch.randn(1, *ours.pretrained_cfg["input_size"])
     with torch.no_grad():
         torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
+
+
+def _filled(model: torch.nn.Module) -> torch.nn.Module:
+    """Weights that keep what passes through them at its size, so that every branch counts in the result."""
+    state = model.state_dict()
+    for name, tensor in state.items():
+        if tensor.ndim > 1:
+            tensor.normal_(std=tensor[0].numel() ** -0.5)
+        elif tensor.is_floating_point():
+            (tensor.uniform_(0.8, 1.2) if name.endswith(("weight", "var")) else tensor.uniform_(-0.2, 0.2))
+    return model.eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lamhalobotnet50ts", "halo2botnet50ts"])
+def test_hybrids_compute_what_timm_does_and_take_their_image_size_only(name: str) -> None:
+    theirs, ours = _filled(timm.create_model(f"{name}_256", num_classes=7)), create_model(name, num_classes=7).eval()
+    load_checkpoint(ours, theirs.state_dict(), checkpoint_filter_fn)
+    x = torch.randn(1, 3, 256, 256)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
+        with pytest.raises(ValueError, match="made for a map of 8 x 8 and got 6 x 8"):
+            ours(torch.randn(1, 3, 192, 256))
+
+
+def test_lambda_and_global_blocks_train() -> None:
+    model = _small(patterns=("l", "g"), img_size=(32, 64), heads=(2, 4), lambda_window=3).train()
+    model(torch.randn(2, 3, 32, 64)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("stem", "pool", "reduction"), [("3x3", True, 4), ("3x3", False, 2), ("7x7", False, 2)])
+def test_stems_with_and_without_pooling(stem: str, pool: bool, reduction: int) -> None:
+    model = _small(stem=stem, stem_pool=pool)
+    assert model.feature_info[0]["reduction"] == reduction
+    first = model.forward_intermediates(torch.randn(1, 3, 32, 64), [0], intermediates_only=True)[0]
+    assert first.shape[2:] == (32 // reduction, 64 // reduction)
+
+
+def test_evaluation_crops_are_the_published_ones() -> None:
+    for name in ("halonet26t", "eca_halonext26ts", "haloregnetz_b", "sehalonet33ts", "halonet50ts"):
+        ours, theirs = timm.get_pretrained_cfg(f"manyheads_{name}"), timm.get_pretrained_cfg(name)
+        assert (ours.crop_pct, ours.mean, ours.interpolation) == (theirs.crop_pct, theirs.mean, theirs.interpolation)
 
 
 def test_timms_h1_has_its_own_name() -> None:
@@ -166,11 +211,13 @@ def test_bfloat16_autocast_stays_close() -> None:
     ("options", "message"),
     [
         ({"strides": (1,)}, "differ in length"),
-        ({"patterns": ("b", "bc")}, "'c' is not one of 'a', 'b'"),
+        ({"patterns": ("b", "bc")}, "'c' is not one of 'a', 'b', 'g', 'l'"),
         ({"stem": "deep"}, "stem='deep'"),
         ({"act": "gelu"}, "act='gelu'"),
         ({"channel_attention": "cbam"}, "channel_attention='cbam'"),
         ({"heads": (2, 3)}, "heads=3 must divide"),
+        ({"heads": (2, 3), "patterns": ("b", "l")}, "heads=3 must divide"),
+        ({"lambda_window": 4}, "lambda_window=4 must be odd"),
     ],
 )
 def test_bad_options(options: dict, message: str) -> None:

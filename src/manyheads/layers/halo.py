@@ -49,6 +49,8 @@ class HaloAttention(nn.Module):
         stride: 1 or 2. An odd block cannot be sub-sampled: it attends at stride 1 and pools 2 x 2 means.
         scale_pos_embed, mask_padding: as in the operator.
         pad: pad maps that the block does not divide; False refuses them.
+        ceil: keep the last row and column of an odd map when pooling, as strided convolutions do; False drops them, as
+            timm does.
 
     Shape: (batch, dim, X, Y) to (batch, out_dim, ceil(X / stride), ceil(Y / stride)).
 
@@ -77,6 +79,7 @@ class HaloAttention(nn.Module):
         scale_pos_embed: bool = False,
         mask_padding: bool = False,
         pad: bool = True,
+        ceil: bool = True,
     ) -> None:
         super().__init__()
         out_dim = dim if out_dim is None else out_dim
@@ -87,7 +90,7 @@ class HaloAttention(nn.Module):
             raise ValueError(f"block={block} must be at least 1, halo={halo} at least 0, stride={stride} 1 or 2")
         self.block, self.halo, self.heads, self.head_dim, self.pad = block, halo, heads, width // heads, pad
         self.scale_pos_embed, self.mask_padding = scale_pos_embed, mask_padding
-        self.pool = stride == 2 and block % 2 == 1
+        self.pool, self.ceil = stride == 2 and block % 2 == 1, ceil
         self.stride = 1 if self.pool else stride
         self.q = nn.Conv2d(dim, width, 1, stride=self.stride, bias=False)
         self.kv = nn.Conv2d(dim, width + out_dim, 1, bias=False)
@@ -121,7 +124,8 @@ class HaloAttention(nn.Module):
         )  # fmt: skip
         maps = out.permute(0, 2, 3, 1, 4).flatten(3).permute(0, 3, 1, 2)
         maps = maps[:, :, : -(-height // self.stride), : -(-width // self.stride)]
-        return F.avg_pool2d(maps, 2, ceil_mode=True) if self.pool else maps
+        # A single row stays in any case: there would be no map without it.
+        return F.avg_pool2d(maps, 2, ceil_mode=self.ceil or min(height, width) < 2) if self.pool else maps
 
     def _heads(self, maps: Tensor) -> Tensor:
         """(batch, heads * d, X, Y) as (batch, heads, X, Y, d)."""

@@ -192,8 +192,9 @@ RECIPES = {
         for width in ("0x5", "0x75", "1x0", "1x25", "1x5")
     },
     **{f"dyn_perceiver_resnet50_{width}": _DYN_PERCEIVER_RESNET for width in ("0x375", "0x5", "0x625", "0x75", "1x0")},
+    **dict.fromkeys(("halonet26t", "lamhalobotnet50ts", "halo2botnet50ts"), _HALONET),
     **dict.fromkeys(
-        ("halonet26t", "halonet50ts", "sehalonet33ts", "eca_halonext26ts", "haloregnetz_b"),
+        ("halonet50ts", "sehalonet33ts", "eca_halonext26ts", "haloregnetz_b"),
         dataclasses.replace(_HALONET, crop_pct=0.94),
     ),
     **{f"{mixer}_{size}": recipe for mixer in ("agent", "inline") for size, recipe in _HOST_SIZES.items()},

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from manyheads.models.checkpoints import load_checkpoint
+from manyheads.layers.maxvit import PartitionAttention
 from manyheads.models.vision.maxvit import MaxViT
 from manyheads.models.vision.maxvit_checkpoints import checkpoint_filter_fn
 from manyheads.ops.multi_axis import block_attention, grid_attention
-from tests.goldens.systems._tensors import arrays, gradients, tensors, with_counters
+from tests.goldens.systems._gradients import Computed, of_backbone, with_gradients
+from tests.goldens.systems._tensors import arrays, tensors
 
 OPERATORS = {"block_attention": block_attention, "grid_attention": grid_attention}
 RENAMED = {"embed_dim": "embed_dims", "dim_head": "head_dim", "init_values": "layer_scale"}
@@ -19,9 +20,11 @@ FLAVOURS = {"bias_tf": "tf", "bias": "rw", "mlp": "rmlp"}
 
 
 def run(config: dict, state: dict[str, np.ndarray], inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Dispatch on ``op``; a configuration without one is a model."""
+    """Dispatch on ``op``; a configuration without one is a model or, with a single width, half a block."""
     weights, given = tensors(state), tensors(inputs)
-    return arrays(_operator(config, given) if "op" in config else _model(config, weights, given))
+    if "op" in config:
+        return arrays(_operator(config, given))
+    return arrays((_layer if "dim" in config else _model)(config, weights, given))
 
 
 def _operator(config: dict, given: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -30,34 +33,45 @@ def _operator(config: dict, given: dict[str, Tensor]) -> dict[str, Tensor]:
     scale = config.get("scale")
     scale = None if isinstance(scale, str) else scale
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-        return operator(q, k, v, partition=partition, bias_table=bias, mask=given.get("mask"), scale=scale)
+    mask = given.pop("mask", None)
 
-    wanted = {name: given[name] for name in "qkv"}
-    if "bias_table" in given:
-        wanted["bias"] = given["bias_table"]
-    outputs = {"out": attend(**wanted)}
-    if "dout" in given:
-        outputs |= {f"d{name}": gradient for name, gradient in gradients(attend, wanted, given["dout"]).items()}
-    return outputs
+    def compute(inputs: dict[str, Tensor]) -> Computed:
+        q, k, v = (inputs[name] for name in "qkv")
+        keys = None if mask is None else mask.bool().reshape(-1, *k.shape[2:4]).expand(k.shape[0], -1, -1)
+        return {"out": operator(q, k, v, partition=partition, bias_table=inputs.get("bias_table"), mask=keys,
+                                scale=scale)}, {}  # fmt: skip
+
+    outputs = with_gradients(compute, given)
+    return outputs | ({"dbias": outputs["dbias_table"]} if "dbias_table" in outputs else {})
+
+
+def _layer(config: dict, weights: dict[str, Tensor], given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One half of a block, on channels-last maps."""
+    axis = config.get("partition_type") or config.get("axis") or "block"
+    named = ("partition", "partition_size", "window_size" if axis == "block" else "grid_size")
+    partition = next(config[name] for name in named if config.get(name))
+    scales = config.get("init_values")
+    layer = PartitionAttention(
+        config["dim"], partition if isinstance(partition, int) else tuple(partition), axis=axis,
+        head_dim=config.get("dim_head") or 32, layer_scale=scales, flavour=_named(config) or _flavour(weights),
+    )  # fmt: skip
+    layer.eval().load_state_dict(weights)
+    return with_gradients(lambda inputs: ({"out": layer(inputs["x"])}, dict(layer.named_parameters())), given)
 
 
 def _model(config: dict, weights: dict[str, Tensor], given: dict[str, Tensor]) -> dict[str, Tensor]:
-    for part in (config.get("conv_cfg"), config.get("transformer_cfg")):  # where the reference nests its options
-        config = (part or {}) | config
+    # Where the reference nests its options, or prefixes them.
+    plain = {name: value for name, value in config.items() if not name.startswith(("conv_", "transformer_"))}
+    flat = {name.removeprefix("transformer_"): value for name, value in config.items() if name not in plain}
+    config = {**(config.get("transformer_cfg") or {}), **flat, **plain}
     options = {name: config[name] for name in PLAIN if config.get(name) is not None}
     options |= {ours: config[theirs] for theirs, ours in RENAMED.items() if config.get(theirs) is not None}
-    flavour = config.get("flavour") or FLAVOURS.get(config.get("rel_pos_type") or "", "")
-    model = MaxViT(**options, flavour=flavour or _flavour(weights)).eval()
-    load_checkpoint(model, with_counters(weights, model), checkpoint_filter_fn)
-    image = given["x"].requires_grad_("dlogits" in given)
-    last, maps = model.forward_intermediates(image)
-    logits = model.forward_head(last)
-    outputs = {"logits": logits, **{f"feature{s}": x for s, x in enumerate(maps, 1)}}
-    if "dlogits" in given:
-        (logits * given["dlogits"]).sum().backward()
-        outputs["dx"] = image.grad
-    return outputs
+    model = MaxViT(**options, flavour=_named(config) or _flavour(weights))
+    return of_backbone(model, weights, checkpoint_filter_fn, given, training=bool(config.get("training")))
+
+
+def _named(config: dict) -> str:
+    return config.get("flavour") or FLAVOURS.get(config.get("rel_pos_type") or "", "")
 
 
 def _flavour(weights: dict[str, Tensor]) -> str:

@@ -5,6 +5,7 @@
     head:  optional 1x1 convolution, mean, Linear
 
 H0 ... H7 are the paper's family, the other names timm's models with published weights; parameters carry timm's names.
+Two of these mix halo attention with lambda layers (l) and global attention with relative positions (g).
 Images of any size: maps that the block does not divide are padded (``manyheads.layers.halo``).
 
 Source: "Scaling Local Self-Attention for Parameter Efficient Visual Backbones", arXiv 2103.12731.
@@ -19,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import ClassifierHead, DropPath, EcaModule, SqueezeExcite, make_divisible
+from timm.layers.bottleneck_attn import BottleneckAttn
+from timm.layers.lambda_layer import LambdaLayer
 from timm.models import checkpoint as recompute
 from torch import Tensor, nn
 
@@ -34,6 +37,7 @@ from manyheads.models.vision.features import check_image
 
 ACTS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU}
 STEMS = ("7x7", "tiered", "3x3")
+KINDS = ("a", "b", "g", "l")
 
 
 class ConvBnAct(nn.Module):
@@ -52,11 +56,15 @@ class ConvBnAct(nn.Module):
 
 
 class Block(nn.Module):
-    """A bottleneck of either kind, "a" (attention) or "b" (convolution)."""
+    """A bottleneck around halo attention ("a"), a convolution ("b"), a lambda layer ("l") or global attention ("g").
+
+    ``grid`` is the size of the map, which only global attention needs.
+    """
 
     def __init__(
-        self, dim: int, out_dim: int, kind: str, stride: int, options: dict[str, Any], drop: int | float
-    ) -> None:
+        self, dim: int, out_dim: int, kind: str, stride: int, options: dict[str, Any], drop: int | float,
+        grid: tuple[int, int],
+    ) -> None:  # fmt: skip
         super().__init__()
         act = options["act"]
         inner = make_divisible(options["ratio"] * (dim if options["expand_input"] else out_dim), 8)
@@ -78,13 +86,8 @@ class Block(nn.Module):
             elif options["channel_attention"] == "eca":
                 self.attn = EcaModule(inner)
         else:
-            value = int(inner * options["value_ratio"])
-            qk_ratio = options["qk_ratio"] / options["value_ratio"]
-            self.self_attn = HaloAttention(
-                inner, value, block=options["block"], halo=options["halo"], heads=options["heads"], stride=stride,
-                head_dim=options["head_dim"], qk_ratio=qk_ratio, mask_padding=options["mask_padding"],
-                scale_pos_embed=options["scale_pos_embed"], pad=options["pad"],
-            )  # fmt: skip
+            value = int(inner * options["value_ratio"]) if kind == "a" else inner
+            self.self_attn = _mixer(kind, inner, value, stride, options, grid)
             self.post_attn = nn.BatchNorm2d(value)
             self.post_act = ACTS[act](inplace=True)
         self.conv3_1x1 = ConvBnAct(value, out_dim, 1, None)
@@ -99,6 +102,38 @@ class Block(nn.Module):
             y = self.post_act(self.post_attn(self.self_attn(y)))
         y = self.drop_path(self.conv3_1x1(y))
         return self.act(y if self.shortcut is None else add(self.shortcut(x), y))
+
+
+class GlobalAttention(BottleneckAttn):
+    """timm's attention of all positions with relative positions, for maps of one size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = (self.pos_embed.height, self.pos_embed.width)
+        if tuple(x.shape[2:]) != grid:
+            raise ValueError(
+                f"global attention was made for a map of {grid[0]} x {grid[1]} and got {x.shape[2]} x {x.shape[3]}; "
+                "build the model with the img_size of its images"
+            )
+        return super().forward(x)
+
+
+def _mixer(kind: str, inner: int, value: int, stride: int, options: dict[str, Any], grid: tuple[int, int]) -> nn.Module:
+    """What stands in place of the 3 x 3 convolution."""
+    heads, head_dim, ratio = options["heads"], options["head_dim"], options["qk_ratio"]
+    if kind == "a":
+        return HaloAttention(
+            inner, value, block=options["block"], halo=options["halo"], heads=heads, stride=stride, head_dim=head_dim,
+            qk_ratio=ratio / options["value_ratio"], mask_padding=options["mask_padding"],
+            scale_pos_embed=options["scale_pos_embed"], pad=options["pad"], ceil=options["project_shortcut"],
+        )  # fmt: skip
+    if heads < 1 or inner % heads:
+        raise ValueError(f"heads={heads} must divide the inner width, {inner}")
+    if kind == "l":
+        return LambdaLayer(inner, stride=stride, num_heads=heads, dim_head=head_dim or 16, r=options["lambda_window"])
+    return GlobalAttention(
+        inner, feat_size=grid, stride=stride, num_heads=heads, dim_head=head_dim, qk_ratio=ratio,
+        scale_pos_embed=options["scale_pos_embed"],
+    )  # fmt: skip
 
 
 class Stage(nn.Sequential):
@@ -118,7 +153,8 @@ class HaloNet(Backbone):
     Args:
         in_chans: channels of the image.
         num_classes: width of the classifier; 0 leaves it away.
-        patterns: the blocks of each stage, "a" (attention) and "b" (3 x 3 convolution): ("bb", "bb", "ba", "aa").
+        patterns: the blocks of each stage: "a" (halo attention), "b" (3 x 3 convolution), "l" (lambda layer, arXiv
+            2102.08602), "g" (global attention, arXiv 2101.11605), for example ("bb", "bb", "ba", "aa").
         embed_dims: output width of each stage.
         strides: stride of each stage's first block.
         ratios: inner width of each stage's blocks by their output (or input) width, rounded to multiples of 8.
@@ -129,7 +165,8 @@ class HaloNet(Backbone):
         value_ratio: width of all values by the inner width (r_v in the paper).
         stem: "7x7", "tiered" (three 3 x 3) or "3x3".
         stem_width: output width of the stem.
-        stem_pool: max-pool behind the stem; else the tiered stem's last convolution is strided.
+        stem_pool: max-pool behind the stem, to stride 4; without it the tiered stem's last convolution is strided and
+            the other stems stay at stride 2.
         final_width: width of a last 1 x 1 convolution before the pooling (d_f in the paper); 0 has none.
         act: "relu" or "silu".
         group_width: channels of a group in the 3 x 3 convolutions; 0 has one group.
@@ -139,6 +176,8 @@ class HaloNet(Backbone):
         linear_out: no activation after the shortcut.
         project_shortcut: project shortcuts that change the shape; False leaves them out.
         scale_pos_embed, mask_padding, pad: as in ``manyheads.layers.halo.HaloAttention``.
+        lambda_window: side of the neighbourhood of the lambda layers, odd.
+        img_size: size of the images; only models with "g" blocks depend on it, and take no other.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block; rises linearly from 0.
 
@@ -185,6 +224,8 @@ class HaloNet(Backbone):
         scale_pos_embed: bool = False,
         mask_padding: bool = False,
         pad: bool = True,
+        lambda_window: int = 13,
+        img_size: int | Sequence[int] = 256,
         drop_rate: int | float = 0.0,
         drop_path_rate: int | float = 0.0,
     ) -> None:
@@ -195,7 +236,9 @@ class HaloNet(Backbone):
                 "differ in length"
             )
         for kind in "".join(patterns):
-            check_choice("patterns", kind, ("a", "b"))
+            check_choice("patterns", kind, KINDS)
+        if lambda_window < 1 or lambda_window % 2 == 0:
+            raise ValueError(f"lambda_window={lambda_window} must be odd and positive")
         check_choice("stem", stem, STEMS)
         check_choice("act", act, tuple(ACTS))
         check_choice("channel_attention", channel_attention, ("", "se", "eca"))
@@ -206,7 +249,9 @@ class HaloNet(Backbone):
             "act": act, "group_width": group_width, "channel_attention": channel_attention, "squeeze": squeeze,
             "expand_input": expand_input, "linear_out": linear_out, "project_shortcut": project_shortcut,
             "scale_pos_embed": scale_pos_embed, "mask_padding": mask_padding, "pad": pad,
+            "lambda_window": lambda_window,
         }  # fmt: skip
+        image = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         drops = iter(torch.linspace(0, drop_path_rate, sum(map(len, patterns)), device="cpu").tolist())
         stages, width, self.multiple, self.feature_info = [], stem_width, 1, []
         for s, (pattern, dim, ratio) in enumerate(zip(patterns, embed_dims, ratios)):
@@ -216,7 +261,8 @@ class HaloNet(Backbone):
                 if kind == "a":
                     self.multiple = max(self.multiple, block * reduction)
                 options = {**shared, "ratio": ratio, "heads": heads[s]}
-                blocks.append(Block(width, dim, kind, stride, options, next(drops)))
+                grid = (-(-image[0] // reduction), -(-image[1] // reduction))
+                blocks.append(Block(width, dim, kind, stride, options, next(drops), grid))
                 width, reduction = dim, reduction * stride
             stages.append(Stage(*blocks))
             self.feature_info.append({"num_chs": dim, "reduction": reduction, "module": f"stages.{s}"})
@@ -266,18 +312,19 @@ class MaxPool(nn.Module):
 
 def _stem(kind: str, in_chans: int, width: int, pool: bool, act: str) -> tuple[nn.Module, int]:
     """The stem and its stride."""
-    if kind == "3x3":
-        return ConvBnAct(in_chans, width, 3, act, stride=2), 2
+    kernel_size = 7 if kind == "7x7" else 3
+    if kind != "tiered" and not pool:
+        return ConvBnAct(in_chans, width, kernel_size, act, stride=2), 2
     stem = nn.Sequential()
-    widths = [width] if kind == "7x7" else [width * 3 // 8, width // 2, width]
+    widths = [width * 3 // 8, width // 2, width] if kind == "tiered" else [width]
     for index, out_dim in enumerate(widths):
         last = index == len(widths) - 1
         stride = 2 if index == 0 or (last and not pool) else 1
-        stem.add_module(f"conv{index + 1}", ConvBnAct(in_chans, out_dim, 7 if kind == "7x7" else 3, act, stride=stride))
+        stem.add_module(f"conv{index + 1}", ConvBnAct(in_chans, out_dim, kernel_size, act, stride=stride))
         in_chans = out_dim
     if pool:
         stem.add_module("pool", MaxPool())
-    return stem, 2 if kind == "7x7" and not pool else 4
+    return stem, 4
 
 
 def checkpoint_filter_fn(state: State, model: nn.Module) -> State:
@@ -295,7 +342,7 @@ def _initialise(model: nn.Module) -> None:
             nn.init.normal_(module.weight, std=0.01)
             nn.init.zeros_(module.bias)
     for module in model.modules():
-        if isinstance(module, HaloAttention):
+        if isinstance(module, (HaloAttention, LambdaLayer, BottleneckAttn)):
             module.reset_parameters()
         elif isinstance(module, Block) and module.shortcut is not None:
             nn.init.zeros_(module.conv3_1x1.bn.weight)
@@ -326,14 +373,23 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "patterns": ("bb", "bba", "bba", "aa"), "embed_dims": (256, 512, 1024, 1536), "halo": 3, "act": "silu",
         "ratios": (0.25, 0.25, 0.25, 0.333), "stem_pool": False, "channel_attention": "se", "final_width": 1280,
     },
+    "lamhalobotnet50ts": {
+        "patterns": ("bbb", "blbl", "bababa", "bgb"), "halo": 3, "heads": (4, 4, 8, 4), "act": "silu",
+        "stem_pool": False,
+    },
+    "halo2botnet50ts": {
+        "patterns": ("bbb", "baba", "bababa", "bgb"), "halo": 3, "heads": (8, 8, 8, 4), "act": "silu",
+        "stem_pool": False,
+    },
     "eca_halonext26ts": {"act": "silu", "group_width": 16, "channel_attention": "eca", "head_dim": 16},
     "haloregnetz_b": {
         "patterns": ("bb", "b" * 6, "bbba" * 3, "aa"), "embed_dims": (48, 96, 192, 288), "strides": (2, 2, 2, 2),
-        "ratios": (3, 3, 3, 3), "block": 7, "qk_ratio": 0.33, "stem": "3x3", "stem_width": 32, "final_width": 1536,
-        "act": "silu", "group_width": 16, "channel_attention": "se", "squeeze": 0.25, "expand_input": True,
-        "linear_out": True, "project_shortcut": False,
+        "ratios": (3, 3, 3, 3), "block": 7, "qk_ratio": 0.33, "stem": "3x3", "stem_width": 32, "stem_pool": False,
+        "final_width": 1536, "act": "silu", "group_width": 16, "channel_attention": "se", "squeeze": 0.25,
+        "expand_input": True, "linear_out": True, "project_shortcut": False,
     },
 }  # fmt: skip
+_CROPS: dict[str, float] = dict.fromkeys(("halonet50ts", "sehalonet33ts", "eca_halonext26ts", "haloregnetz_b"), 0.94)
 _SIZES = {"halonet_h3": 320, "halonet_h4": 384, "halonet_h5": 448, "halonet_h6": 512, "halonet_h7": 640,
           "haloregnetz_b": 224}  # fmt: skip
 for _name, _variant in VARIANTS.items():
@@ -350,6 +406,7 @@ for _name, _variant in VARIANTS.items():
         classifier="head.fc",
         input_size=(3, _size, _size),
         pool_size=(_size // 32, _size // 32),
-        crop_pct=0.95 if "_h" in _name or _name == "halonet26t" else 0.94,
+        fixed_input_size="botnet" in _name,
+        crop_pct=_CROPS.get(_name, 0.95),
         **_statistics,
     )
