@@ -117,6 +117,7 @@ def test_compiles_whole(compiling: None) -> None:
     torch.testing.assert_close(compiled(q, k, v), attend(q, k, v))
 
 
+@pytest.mark.slow
 def test_compiles_where_the_number_of_heads_is_left_open(compiling: None) -> None:
     # Stages of other widths make the compiler leave it open, and torch's attention wants a plain bool of it.
     attend = partial(hilo_attention, window=2, low_heads=1)

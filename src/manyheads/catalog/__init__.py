@@ -28,7 +28,7 @@ def systems(
         ValueError: a filter is not one of its words; the message names the nearest one.
 
     >>> [system.slug for system in systems(room="adapt", state="works")]
-    ['duo_attention']
+    ['agent_attention', 'duo_attention', 'moh', 'sparsifiner']
     """
     for name, value, words in (
         ("kind", kind, KINDS),

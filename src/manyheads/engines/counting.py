@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,8 +10,12 @@ from torch.library import CustomOpDef
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 
-def count_inside(operator: CustomOpDef) -> CustomOpDef:
+def count_inside(operator: CustomOpDef, *, more: Callable[..., int] | None = None) -> CustomOpDef:
     """Let ``FlopCounterMode`` count what the operator computes: while it counts, the operator runs a second time.
+
+    Args:
+        operator: computes by functions that the counter knows.
+        more: of the operator's arguments, the operations that the counter does not know.
 
     >>> @count_inside
     ... @torch.library.custom_op("manyheads::doctest_product", mutates_args=())
@@ -27,6 +32,6 @@ def count_inside(operator: CustomOpDef) -> CustomOpDef:
     def count(*args: Any, out_val: Any = None, **options: Any) -> int:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             operator._init_fn(*args, **options)
-        return int(counter.get_total_flops())
+        return int(counter.get_total_flops()) + (more(*args, **options) if more else 0)
 
     return operator

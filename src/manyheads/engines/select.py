@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int64
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from manyheads.engines.common import accumulation_dtype, check_choice, check_qkv, repeat_heads, resolve_scale
 from manyheads.engines.counting import count_inside
-from manyheads.engines.select_bags import bag_backward, bag_forward, suits_bags
+from manyheads.engines.select_bags import bag_backward, bag_forward, suits_bags, uncounted
 from manyheads.engines.select_top import top_positions
 
 MANY = 1 << 12  # scores from which a search of their own is faster than torch's
@@ -264,7 +265,7 @@ def _tile_scores(query: Tensor, keys: Tensor, seen: Tensor, bias: Tensor | None,
 _SCHEMA = "(Tensor query, Tensor key, Tensor value, Tensor index, Tensor? bias, float scale) -> (Tensor, Tensor)"
 
 
-@count_inside
+@partial(count_inside, more=lambda q, k, v, index, *_: uncounted(q, k, v, index, backward=False))
 @torch.library.custom_op("manyheads::select_forward", mutates_args=(), schema=_SCHEMA)
 def select_forward(query, key, value, index, bias, scale):
     """Output and lse of the "gather" backend."""
@@ -303,7 +304,7 @@ _SCHEMA = (
 )
 
 
-@count_inside
+@partial(count_inside, more=lambda _, __, q, k, v, index, *___: uncounted(q, k, v, index, backward=True))
 @torch.library.custom_op("manyheads::select_backward", mutates_args=(), schema=_SCHEMA)
 def select_backward(grad, grad_lse, query, key, value, index, bias, out, lse, scale, bias_grad):
     """Gradients of query, key, value and (where asked for) bias: scores again from the saved lse, rows added back."""

@@ -100,6 +100,24 @@ def bag_backward(
     return d_query, d_key.to(key.dtype), d_value.to(value.dtype), d_scores
 
 
+def uncounted(query: Tensor, key: Tensor, value: Tensor, index: Tensor, *, backward: bool) -> int:
+    """Operations of bags and sampled products, which torch's counter of operations does not know; 0 where none is used.
+
+    >>> import torch
+    >>> x, lists = torch.zeros(1, 1, 100, 8), torch.zeros(1, 1, 100, 10, dtype=torch.int64)
+    >>> uncounted(x, x, x, lists, backward=False) == 2 * 100 * 10 * (8 + 8)
+    True
+    """
+    if not query.numel() or not index.numel() or not key.shape[2] or not suits_bags(query, key, index):
+        return 0
+    dense = index.shape[3] >= SAMPLED_BELOW * key.shape[2]
+    width, value_width = query.shape[3], value.shape[3]
+    forward = value_width if dense else width + value_width
+    again = 0 if dense else 2 * width + value_width
+    wide = again if backward else forward
+    return 2 * query.shape[0] * query.shape[1] * query.shape[2] * index.shape[3] * wide
+
+
 class _Lists:
     """The lists of a tile's heads.
 
