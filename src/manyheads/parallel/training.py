@@ -287,21 +287,32 @@ def _told_by_name(world: int, timeout: int | float) -> Iterator[None]:
     others = [rank for rank in range(wire.world) if rank != wire.rank]
     with _told_of_the_end():
         try:
-            yield
-        except RankError:
-            wire._post({"waiting": others})
-            raise
+            # One inside the other: the launcher's signal often comes while an error of the network is looked into.
+            with _traced(wire, others):
+                yield
         except _Ended:
             raise _dead(wire, others) or SystemExit(128 + signal.SIGTERM) from None
-        except RuntimeError as problem:
-            if not _of_the_network(problem):
-                wire._post({"error": f"{type(problem).__name__}: {problem}"})
-                raise
-            with wire._watching(None):
-                raise
-        except BaseException as problem:
+
+
+@contextmanager
+def _traced(wire: Wire, others: list[int]) -> Iterator[None]:
+    """Tell the other processes of an error, and find out who died where the network failed."""
+    try:
+        yield
+    except _Ended:
+        raise
+    except RankError:
+        wire._post({"waiting": others})
+        raise
+    except RuntimeError as problem:
+        if not _of_the_network(problem):
             wire._post({"error": f"{type(problem).__name__}: {problem}"})
             raise
+        with wire._watching(None):
+            raise
+    except BaseException as problem:
+        wire._post({"error": f"{type(problem).__name__}: {problem}"})
+        raise
 
 
 def _dead(wire: Wire, others: list[int]) -> RankError | None:
