@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 # A predicate says which pairs attend: ``predicate(batch, head, query, key) -> bool tensor``, all four arguments being
 # integer tensors that broadcast against each other (the convention of FlexAttention's mask_mod).
@@ -73,6 +74,14 @@ def repeat_heads(tensor: Tensor, heads: int) -> Tensor:
     return tensor if groups == 1 else tensor.repeat_interleave(groups, dim=1)
 
 
+def fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """torch's fused attention (SDPA), with as many query heads to a key head as there are."""
+    grouped = shares_keys(query, key)
+    return scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale, enable_gqa=grouped)
+
+
 def shares_keys(query: Tensor, key: Tensor) -> bool:
     """Whether several query heads read one key head, as a plain bool even where the compiler leaves heads open.
 
@@ -81,3 +90,18 @@ def shares_keys(query: Tensor, key: Tensor) -> bool:
     """
     # torch's fused attention takes no symbolic bool, which the comparison alone would be; a branch settles it.
     return True if query.shape[1] != key.shape[1] else False  # noqa: SIM210
+
+
+def both_sides(size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) where one number stands for both, or where two are given.
+
+    Raises:
+        ValueError: another number of sides.
+
+    >>> both_sides(7), both_sides([7, 14])
+    ((7, 7), (7, 14))
+    """
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2:
+        raise ValueError(f"a size is one number or (height, width), got {sides}")
+    return int(sides[0]), int(sides[1])

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from manyheads.layers.fused import add, convolve_norm, fusible
+from manyheads.layers.fused import add, convolve_norm, fusible, norm_affine
 
 
 class ConvNorm(nn.Module):
@@ -112,14 +112,6 @@ def fold_norm(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> FusedConv:
     fused.weight.copy_(convolution.weight * factor[:, None, None, None])
     fused.bias.copy_(shift if convolution.bias is None else shift + factor * convolution.bias)
     return fused.train(convolution.training)
-
-
-def norm_affine(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Factor and shift of a batch norm in evaluation."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    factor = norm.weight / (norm.running_var + norm.eps).sqrt()
-    return factor, norm.bias - norm.running_mean * factor
 
 
 def normed(convolution: nn.Conv2d, norm: Any, x: Tensor, act: nn.Module | None = None) -> Tensor:

@@ -235,11 +235,11 @@ def _fold(conv: Any, norm: Any, before: Any, residual: bool) -> _Folded | None:
                 return None
     weight, bias = conv.weight.detach(), conv.bias
     if before is not None:
-        factor, shift = _affine(before)
+        factor, shift = norm_affine(before)
         shift = weight.flatten(1) @ shift
         weight, bias = weight * factor[:, None, None], shift if bias is None else bias + shift
     if norm is not None:
-        factor, shift = _affine(norm)
+        factor, shift = norm_affine(norm)
         weight, bias = weight * factor[:, None, None, None], shift if bias is None else shift + factor * bias
     if residual:
         weight = weight.clone()
@@ -259,7 +259,7 @@ def _plain(tensor: Tensor) -> bool:
     return ordinary and tensor.dtype is torch.float32 and tensor.is_cpu
 
 
-def _affine(norm: Any) -> tuple[Tensor, Tensor]:
+def norm_affine(norm: Any) -> tuple[Tensor, Tensor]:
     """Factor and shift of a norm whose statistics are fixed (batch norm) or already applied (group norm)."""
     if type(norm) not in _NORMS:
         return norm.weight, norm.bias

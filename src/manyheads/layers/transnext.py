@@ -18,7 +18,7 @@ from jaxtyping import Float
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from manyheads.engines.common import check_choice
+from manyheads.engines.common import both_sides, check_choice
 from manyheads.layers.kept import kept
 from manyheads.layers.mixture_of_heads import HeadRouter
 from manyheads.ops.aggregated import aggregated_attention, cosine_query_and_key, length_scaled_cosine_attention
@@ -65,7 +65,7 @@ class PositionBias(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("mode", mode, BIASES)
-        if side is not None and min(_pair(side)) < 2:
+        if side is not None and min(both_sides(side)) < 2:
             raise ValueError(
                 f"side={side} at pre-training must be at least 2, because distances are divided by side - 1"
             )
@@ -89,7 +89,7 @@ class PositionBias(nn.Module):
 
     def _evaluate(self, grid: Grid, pooled: Grid) -> Tensor:
         weight = self.cpb_fc1.weight
-        units = grid if self.side is None else _pair(self.side)
+        units = grid if self.side is None else both_sides(self.side)
         down, below = self._axis(grid[0], pooled[0], units[0])
         right, beside = self._axis(grid[1], pooled[1], units[1])
         # The first layer is linear in each axis, so only the sums are as many as the pairs of distances.
@@ -305,10 +305,6 @@ def _adaptive_means(x: Tensor, pooled: Grid) -> Tensor:
     if x.shape[1] % pooled[0] or x.shape[2] % pooled[1]:
         return F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), pooled).permute(0, 2, 3, 1)
     return window_means(x, (x.shape[1] // pooled[0], x.shape[2] // pooled[1]))
-
-
-def _pair(size: int | Grid) -> Grid:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _check_heads(dim: int, heads: int) -> None:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from manyheads.engines.common import accumulation_dtype, check_choice, check_qkv, repeat_heads, shares_keys
+from manyheads.engines.common import accumulation_dtype, check_choice, check_qkv, fused_attention, repeat_heads
 from manyheads.engines.dense import attention
 
 # Scores against pooled keys that may exist at once, in numbers: 256 MiB in float32. Beyond it the pooled keys are read
@@ -182,8 +182,7 @@ def length_scaled_cosine_attention(
         weights = (scores if bias is None else scores + bias.to(wide)).softmax(-1)
         return (F.dropout(weights, dropout) @ repeat_heads(value, heads).to(wide)).to(value.dtype)
     if dropout:
-        grouped = shares_keys(query, key)
-        return F.scaled_dot_product_attention(query, key, value, bias, dropout_p=dropout, scale=1.0, enable_gqa=grouped)
+        return fused_attention(query, key, value, bias, scale=1.0, dropout=float(dropout))
     return cast(Tensor, attention(query, key, value, bias=bias, scale=1.0, backend=backend))
 
 

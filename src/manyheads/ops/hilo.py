@@ -16,15 +16,14 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from manyheads.engines.common import (
     accumulation_dtype,
     check_choice,
     check_qkv,
+    fused_attention,
     repeat_heads,
     resolve_scale,
-    shares_keys,
 )
 from manyheads.ops.window import window_attention, window_means
 
@@ -128,7 +127,6 @@ def _reference(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tenso
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    grouped = shares_keys(query, key)
     if not key.shape[2]:  # torch's fused attention divides by the number of keys
         return _reference(query, key, value, scale)
-    return scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=grouped)
+    return fused_attention(query, key, value, scale=scale)

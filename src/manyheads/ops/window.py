@@ -14,15 +14,14 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from manyheads.engines.common import (
     accumulation_dtype,
     check_choice,
     check_qkv,
+    fused_attention,
     repeat_heads,
     resolve_scale,
-    shares_keys,
 )
 
 
@@ -72,9 +71,9 @@ def window_attention(
     keys = None
     if mask is not None:
         keys = window_partition(mask[:, None, ..., None], window)[..., 0][:, :, None]
-    attend = _reference if backend == "reference" else _sdpa
+    attend = _reference if backend == "reference" else fused_attention
     query, key, value = (window_partition(tensor, window) for tensor in (query, key, value))
-    out = attend(query, key, value, keys, scale)
+    out = attend(query, key, value, keys, scale=scale)
     return window_merge(out, window, grid)
 
 
@@ -132,8 +131,3 @@ def _reference(query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None, s
     if keys is not None:
         weights = weights.masked_fill(~keys, 0)
     return torch.einsum("bhij,bhjd->bhid", weights, value.to(wide)).to(query.dtype)
-
-
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None, scale: float) -> Tensor:
-    grouped = shares_keys(query, key)
-    return scaled_dot_product_attention(query, key, value, attn_mask=keys, scale=scale, enable_gqa=grouped)

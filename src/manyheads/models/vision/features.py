@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from manyheads.engines.common import both_sides
+
 
 def stage_indices(stages: int, indices: int | Sequence[int] | None) -> list[int]:
     """Which stages are meant: all for None, the last n for an int, those listed (negative from the end) otherwise.
@@ -28,16 +30,6 @@ def check_image(image: Tensor, in_chans: int) -> None:
         raise ValueError(f"image must be (batch, {in_chans}, height, width), got {tuple(image.shape)}")
 
 
-def image_sides(img_size: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) of images whose size is one side or both.
-
-    >>> image_sides(224), image_sides([192, 256])
-    ((224, 224), (192, 256))
-    """
-    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-    return height, width
-
-
 def patch_grid(img_size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
     """Rows and columns of the patches of an image with ``img_size`` pixels a side, or (height, width) of them.
 
@@ -47,8 +39,7 @@ def patch_grid(img_size: int | Sequence[int], patch_size: int) -> tuple[int, int
     >>> patch_grid((32, 48), 16)
     (2, 3)
     """
-    sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-    if patch_size < 1 or len(sides) != 2 or any(side < patch_size or side % patch_size for side in sides):
-        given = img_size if isinstance(img_size, int) else sides
-        raise ValueError(f"img_size={given} must be a multiple of patch_size={patch_size}, or two of them")
+    sides = both_sides(img_size)
+    if patch_size < 1 or any(side < patch_size or side % patch_size for side in sides):
+        raise ValueError(f"img_size={img_size} must be a multiple of patch_size={patch_size}, or two of them")
     return sides[0] // patch_size, sides[1] // patch_size

@@ -24,7 +24,7 @@ from timm.layers import ClassifierHead, LayerNorm2d, NormMlpClassifierHead
 from timm.models import checkpoint as recompute
 from torch import Tensor, nn
 
-from manyheads.engines.common import check_choice
+from manyheads.engines.common import both_sides, check_choice
 from manyheads.layers.conv_ffn import initialise_convolution
 from manyheads.layers.maxvit import AXES, FLAVOURS, Conv3x3, MBConv, PartitionAttention
 from manyheads.models.registry import register
@@ -146,8 +146,8 @@ class MaxViT(Backbone):
             check_choice("axes", axis, AXES)
         stem = (stem_width, stem_width) if isinstance(stem_width, int) else (int(stem_width[0]), int(stem_width[1]))
         self.in_chans, self.num_classes, self.flavour, self.pad = in_chans, num_classes, flavour, pad
-        self.window_size = pair(window_size) if window_size else default_partition(img_size)
-        self.grid_size = pair(grid_size) if grid_size else self.window_size
+        self.window_size = both_sides(window_size) if window_size else default_partition(img_size)
+        self.grid_size = both_sides(grid_size) if grid_size else self.window_size
         self.num_features = embed_dims[-1]
         self.grad_checkpointing = False
 
@@ -193,8 +193,8 @@ class MaxViT(Backbone):
         """Other partitions (side / 32 where only the image size is given), with the bias tables resized."""
         if img_size is None and window_size is None:
             raise ValueError("set_input_size needs img_size or window_size")
-        self.window_size = pair(window_size) if window_size else default_partition(img_size)
-        self.grid_size = pair(grid_size) if grid_size else self.window_size
+        self.window_size = both_sides(window_size) if window_size else default_partition(img_size)
+        self.grid_size = both_sides(grid_size) if grid_size else self.window_size
         for block in self.modules():
             if isinstance(block, Block):
                 block.attn_block.attn.set_partition(self.window_size)
@@ -242,18 +242,13 @@ class MaxViT(Backbone):
             )
 
 
-def pair(size: Size) -> tuple[int, int]:
-    """(height, width) of an integer or a sequence of two."""
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
 def default_partition(img_size: Size | None) -> tuple[int, int]:
     """The published rule: a 32nd of the image's sides.
 
     Raises:
         ValueError: an image smaller than 32 pixels.
     """
-    height, width = pair(224 if img_size is None else img_size)
+    height, width = both_sides(224 if img_size is None else img_size)
     if min(height, width) < STRIDE:
         raise ValueError(f"img_size={img_size} is below {STRIDE} pixels; give window_size for smaller images")
     return height // STRIDE, width // STRIDE

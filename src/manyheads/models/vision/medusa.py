@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from timm.models import checkpoint as recompute
 from torch import Tensor, nn
 
-from manyheads.engines.common import check_choice
+from manyheads.engines.common import both_sides, check_choice
 from manyheads.layers.medusa import GlobalAttention, ScaleHead, Size, legacy_resize, same_padding, semantic_image
 from manyheads.models.checkpoints import State
 from manyheads.models.registry import register
@@ -100,7 +100,7 @@ class Medusa(nn.Module):
         check_choice("attention", attention, ATTENTIONS)
         if len(depths) != 4 or min(depths) < 1:
             raise ValueError(f"depths={depths} must be four numbers of at least 1")
-        self.semantic_size = _pair(semantic_size)
+        self.semantic_size = both_sides(semantic_size)
         if any(side < 16 or side % 16 for side in self.semantic_size):
             raise ValueError(f"semantic_size={semantic_size} must be divisible by 16")
         self.in_chans, self.num_classes, self.attention, self.drop_rate = in_chans, num_classes, attention, drop_rate
@@ -135,7 +135,7 @@ class Medusa(nn.Module):
         Raises:
             ValueError: a side so small that the last map has no tile of 7 x 7.
         """
-        self.img_size = _pair(img_size)
+        self.img_size = both_sides(img_size)
         self.tiles = _tiles(self.img_size)
         features = self.dims[-1] * self.tiles[0] * self.tiles[1]
         like = self.conv1.weight
@@ -298,10 +298,6 @@ def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d) and not isinstance(module, ScaleHead):
         nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         nn.init.zeros_(module.bias)  # pyright: ignore[reportArgumentType]
-
-
-def _pair(size: int | Sequence[int]) -> Size:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _last_side(side: int) -> int:

@@ -23,8 +23,8 @@ from timm.models import checkpoint as recompute
 from torch import Tensor, nn
 
 from manyheads.engines.common import check_choice
-from manyheads.layers.conv_norm import ConvNorm, Residual, norm_affine
-from manyheads.layers.fused import excite
+from manyheads.layers.conv_norm import ConvNorm, Residual
+from manyheads.layers.fused import excite, norm_affine
 from manyheads.layers.shvit import SingleHeadAttention
 from manyheads.models.checkpoints import CheckpointError, State, rename
 from manyheads.models.registry import register

@@ -22,12 +22,12 @@ from timm.layers import DropPath, Mlp, trunc_normal_
 from timm.models import checkpoint as recompute
 from torch import Tensor, nn
 
-from manyheads.engines.common import check_choice
+from manyheads.engines.common import both_sides, check_choice
 from manyheads.layers.sparsifiner import AttentionDetails, ConnectivityPredictor, SparsifiedAttention
 from manyheads.models.checkpoints import State
 from manyheads.models.registry import register
 from manyheads.models.vision.features import check_image
-from manyheads.models.vision.hosts.common import Grid, Host, keep_options, pair, path_rates, resize_state
+from manyheads.models.vision.hosts.common import Grid, Host, keep_options, path_rates, resize_state
 from manyheads.models.vision.hosts.deit import PatchEmbed
 from manyheads.ops.sparse_connectivity import PairRule, sparsities
 
@@ -182,7 +182,7 @@ class Sparsifiner(Host):
         options = keep_options(locals())
         super().__init__()
         check_choice("stem", stem, STEMS)
-        self.image = pair(img_size)
+        self.image = both_sides(img_size)
         if any(side < patch_size or side % patch_size for side in self.image):
             raise ValueError(f"img_size={img_size} must consist of whole patches of {patch_size} pixels")
         if stem == "conv" and patch_size % 2:

@@ -20,13 +20,13 @@ from timm.layers import DropPath, Mlp, trunc_normal_
 from timm.models import checkpoint as recompute
 from torch import Tensor, nn
 
-from manyheads.engines.common import check_choice
+from manyheads.engines.common import both_sides, check_choice
 from manyheads.layers.conv_ffn import ConvFeedForward, initialise_convolution
 from manyheads.layers.spectral import ClassAttention, FullAttention, SpectralGating
 from manyheads.models.checkpoints import State, rename
 from manyheads.models.registry import register
 from manyheads.models.vision.backbone import Backbone
-from manyheads.models.vision.features import check_image, image_sides
+from manyheads.models.vision.features import check_image
 from manyheads.models.vision.spectformer import EPS, fit_to_size
 from manyheads.objectives.token_label import Box, mix_tokens, unmix_tokens
 
@@ -164,7 +164,7 @@ class SpectFormerPyramid(Backbone):
         self.in_chans, self.num_classes, self.token_label = in_chans, num_classes, token_label
         self.num_features = self.head_hidden_size = embed_dims[-1]
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
-        stages, grid = [], halved(image_sides(img_size))
+        stages, grid = [], halved(both_sides(img_size))
         for s, (dim, depth, heads, ratio, mixer) in enumerate(zip(embed_dims, depths, num_heads, mlp_ratios, mixers)):
             grid = halved(grid)
             blocks = [

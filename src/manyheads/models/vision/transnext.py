@@ -22,12 +22,12 @@ from timm.layers import DropPath, trunc_normal_
 from timm.models import checkpoint as recompute
 from torch import Tensor, nn
 
+from manyheads.engines.common import both_sides
 from manyheads.layers.conv_ffn import ConvGLU, initialise_convolution
 from manyheads.layers.transnext import AggregatedAttention, CosineAttention
 from manyheads.models.checkpoints import State, rename
 from manyheads.models.registry import register
 from manyheads.models.vision.backbone import Backbone
-from manyheads.models.vision.features import image_sides
 
 
 class Block(nn.Module):
@@ -155,7 +155,7 @@ class TransNeXt(Backbone):
         if len({len(option) for option in per_stage.values()}) > 1:
             raise ValueError(f"options differ in length: {per_stage}")
         pretrain_size = img_size if pretrain_size is None else pretrain_size
-        pretraining, image = image_sides(pretrain_size), image_sides(img_size)
+        pretraining, image = both_sides(pretrain_size), both_sides(img_size)
         if min(*pretraining, *image) < 64:
             raise ValueError(
                 f"pretrain_size={pretrain_size} and img_size={img_size} must be at least 64 pixels: distances are "

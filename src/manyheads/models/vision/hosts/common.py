@@ -19,7 +19,7 @@ from timm.layers import DropPath, Mlp, trunc_normal_
 from timm.models import checkpoint as recompute
 from torch import Tensor, nn
 
-from manyheads.engines.common import check_choice
+from manyheads.engines.common import both_sides, check_choice
 from manyheads.layers.agent import AgentAttention
 from manyheads.layers.inline import InLineAttention
 from manyheads.models.checkpoints import State
@@ -94,9 +94,9 @@ class Host(nn.Module):
         As the authors do when they fine-tune at another resolution: bicubically, agent biases linearly.
         """
         like = next(self.parameters())
-        sized = dict(img_size=pair(img_size))
+        sized = dict(img_size=both_sides(img_size))
         if "window_size" in self.options:
-            old, new = pair(self.options["img_size"]), pair(img_size)
+            old, new = both_sides(self.options["img_size"]), both_sides(img_size)
             sized["window_size"] = max(1, self.options["window_size"] * max(new) // max(old))
         fresh = type(self)(**{**self.options, **sized}).to(like.device, like.dtype)
         fresh.load_state_dict(self.resize(self.state_dict(), fresh))
@@ -252,11 +252,6 @@ def check_stages(**named: Sequence) -> None:
 def agents_of(mixer: str, agent_num: Sequence[int], depths: Sequence[int]) -> Sequence[int]:
     """The agents of each stage; InLine attention has none, so that any number of stages needs no option for them."""
     return agent_num if mixer == "agent" else (1,) * len(depths)
-
-
-def pair(size: int | Sequence[int]) -> Grid:
-    """One number for both sides, or both."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def checkpoint_filter_fn(state: State, model: nn.Module) -> State:

@@ -18,7 +18,7 @@ from einops.layers.torch import Rearrange
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
-from manyheads.engines.common import accumulation_dtype
+from manyheads.engines.common import accumulation_dtype, both_sides
 from manyheads.layers.agent import AgentStripeAttention
 from manyheads.layers.cross_shaped import StripeAttention
 from manyheads.layers.inline import InLineStripeAttention
@@ -29,7 +29,6 @@ from manyheads.models.vision.hosts.common import (
     check_stages,
     keep_options,
     mixed_blocks,
-    pair,
     path_rates,
 )
 
@@ -142,7 +141,7 @@ class HostCSwin(Host):
         check_stages(depths=depths, num_heads=num_heads, split_size=split_size, agent_num=agent_num,
                      mixer_split_size=mixer_split_size or depths)  # fmt: skip
         mixed, rates = mixed_blocks(attn_type, mixer, depths), path_rates(drop_path_rate, sum(depths))
-        grid = tuple((side - 3) // 4 + 1 for side in pair(img_size))
+        grid = tuple((side - 3) // 4 + 1 for side in both_sides(img_size))
         self.depths, dim = tuple(depths), embed_dim
         self.stage1_conv_embed = nn.Sequential(
             nn.Conv2d(in_chans, dim, 7, stride=4, padding=2), Rearrange("b c h w -> b (h w) c"), nn.LayerNorm(dim)

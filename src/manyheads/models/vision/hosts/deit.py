@@ -15,7 +15,8 @@ import torch
 from timm.layers import Attention, trunc_normal_
 from torch import Tensor, nn
 
-from manyheads.models.vision.hosts.common import Block, Grid, Host, keep_options, mixer_attention, pair, path_rates
+from manyheads.engines.common import both_sides
+from manyheads.models.vision.hosts.common import Block, Grid, Host, keep_options, mixer_attention, path_rates
 
 # Which entry of the list of agent counts two blocks at a time take.
 AGENT_ENTRIES = (0, 1, 2, 2, 2, 3)
@@ -104,7 +105,7 @@ class HostDeiT(Host):
     ) -> None:
         options = keep_options(locals())
         super().__init__()
-        self.image = pair(img_size)
+        self.image = both_sides(img_size)
         self.patch_grid: Grid = (self.image[0] // patch_size, self.image[1] // patch_size)
         if any(side % patch_size for side in self.image) or min(self.image) < 1:
             raise ValueError(f"img_size={img_size} must consist of whole patches of {patch_size} pixels")

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
+from manyheads.engines.common import both_sides
 from manyheads.layers.spatial_reduction import SpatialReductionAttention
 from manyheads.models.vision.hosts.common import (
     Block,
@@ -25,7 +26,6 @@ from manyheads.models.vision.hosts.common import (
     keep_options,
     mixed_blocks,
     mixer_attention,
-    pair,
     path_rates,
 )
 
@@ -119,7 +119,7 @@ class HostPVT(Host):
         mixed = mixed_blocks(attn_type, mixer, depths)
         drops = {"attn_drop": float(attn_drop_rate), "proj_drop": float(drop_rate)}
         rates = path_rates(drop_path_rate, sum(depths))
-        grid, self.grids, self.depths = pair(img_size), [], tuple(depths)
+        grid, self.grids, self.depths = both_sides(img_size), [], tuple(depths)
         for s, dim in enumerate(embed_dims):
             patch = patch_size if s == 0 else 2
             grid = (grid[0] // patch, grid[1] // patch)

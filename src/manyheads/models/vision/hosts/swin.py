@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from manyheads.engines.common import both_sides
 from manyheads.layers.shifted_window import ShiftedWindowAttention
 from manyheads.models.vision.hosts.common import (
     Block,
@@ -26,7 +27,6 @@ from manyheads.models.vision.hosts.common import (
     keep_options,
     mixed_blocks,
     mixer_attention,
-    pair,
     path_rates,
 )
 
@@ -156,7 +156,7 @@ class HostSwin(Host):
         rates = path_rates(drop_path_rate, sum(depths))
         self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size, any_size)
         self.pos_drop = nn.Dropout(float(drop_rate))
-        height, width = pair(img_size)
+        height, width = both_sides(img_size)
         grid = (
             (-(-height // patch_size), -(-width // patch_size))
             if any_size
