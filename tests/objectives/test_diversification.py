@@ -14,10 +14,10 @@ from torch import nn
 from torchvision.models import VisionTransformer
 from transformers import AutoConfig, AutoModel
 
+from manyheads.engines import dense_columns
 from manyheads.layers.tap import PooledNorm
 from manyheads.models import create_model
 from manyheads.models.vision.token_robustness import add_token_pooling, attention_inputs, attention_maps
-from manyheads.objectives import diversification
 from manyheads.objectives.diversification import (
     SoftmaxInput,
     attention_diversification_loss,
@@ -191,7 +191,7 @@ def test_blocks_of_queries_give_the_loss_of_maps(
     # The loss jumps where a weight is just the threshold; there rounding decides.
     assume(all((part * n - threshold).abs().min() > 1e-9 for part in (mean, mean.mean(1))))
     expected = attention_diversification_loss([maps], threshold=threshold)
-    with mock.patch.dict(diversification._TILE, cpu=tile):
+    with mock.patch.dict(dense_columns._TILE, cpu=tile):
         term = diversification_from_queries(*inputs, scale=scale, threshold=threshold)
         found = torch.autograd.grad(2 * term, inputs)
     torch.testing.assert_close(term / (1 + 1e-6), expected, rtol=1e-9, atol=1e-12)
@@ -203,7 +203,7 @@ def test_blocks_of_queries_give_the_loss_of_maps(
 def test_gradients_from_queries(tile: int) -> None:
     inputs = _layer(2, 2, 5)
     assert diversification_from_queries(*inputs, threshold=1.3) > 0.1
-    with mock.patch.dict(diversification._TILE, cpu=tile):
+    with mock.patch.dict(dense_columns._TILE, cpu=tile):
         assert torch.autograd.gradcheck(lambda q, k: diversification_from_queries(q, k, threshold=1.3), inputs)
 
 
@@ -223,13 +223,13 @@ def test_queries_in_half_precision_are_computed_in_float32(dtype: torch.dtype, a
 
 
 def test_no_tile_is_larger_than_a_row_of_all_heads() -> None:
-    inputs, sizes, weights = _layer(2, 3, 50), [], diversification._weights
+    inputs, sizes, weights = _layer(2, 3, 50), [], dense_columns._weights
 
     def noted(*arguments):
         sizes.append((found := weights(*arguments)).numel())
         return found
 
-    with mock.patch.dict(diversification._TILE, cpu=700), mock.patch.object(diversification, "_weights", noted):
+    with mock.patch.dict(dense_columns._TILE, cpu=700), mock.patch.object(dense_columns, "_weights", noted):
         diversification_from_queries(*inputs).backward()
     assert max(sizes) <= 700
     assert sum(sizes) == 3 * 2 * 3 * 50 * 50

@@ -10,7 +10,7 @@ For a rectangle with output O_b and log-sum-exp l_b over its keys, and the softm
                dQ += scale dS K              dK += scale dS^T Q
 
 A sliding window w lets query i see keys ``i + low <= j <= i + shift`` of a run: a band, cut into tiles as long as it is
-wide. A soft cap bends the scores, see :mod:`manyheads.parallel.capped`.
+wide. A soft cap bends the scores, see :mod:`manyheads.engines.dense_capped`.
 
 Source: "Ring Attention with Blockwise Transformers", arXiv 2310.01889; "FlashAttention", arXiv 2205.14135 (backward).
 """
@@ -24,11 +24,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from manyheads.engines import dense_capped as capped
 from manyheads.engines.common import accumulation_dtype
 from manyheads.engines.dense import attention
 from manyheads.engines.dense_blocked import dense_backward
 from manyheads.engines.merge import merge
-from manyheads.parallel import capped
 from manyheads.parallel.layouts import Run
 
 _BAND_ROWS = 64  # a band's tiles have this many rows at least: shorter ones cost more in calls than in hidden pairs

@@ -1,4 +1,4 @@
-"""Blocks whose scores are softly capped, as in Gemma 2: for a cap c the softmax is over c tanh(S / c).
+"""Dense attention whose scores are softly capped, as in Gemma 2: for a cap c the softmax is over c tanh(S / c).
 
 ::
 
