@@ -9,10 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from manyheads.bench.speed import peak_bytes
 from manyheads.engines import select as engine
+from manyheads.engines import select_bags
 from manyheads.engines.dense import attention
 from manyheads.engines.select import select_attention, select_blocks, select_top_tokens
-from manyheads.engines.select_bags import suits_bags
+from manyheads.engines.select_bags import TILE, suits_bags
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
@@ -232,6 +234,22 @@ def test_many_lists_of_every_head_give_the_reference(seed, dtype, sizes):
     arguments = problem(seed, dtype, queries=64, lists="all", batch=2, **sizes)
     assert suits_bags(arguments[0], arguments[1], arguments[3]) == (DEVICE == "cpu")
     assert_agree(arguments, "gather")
+
+
+@pytest.mark.parametrize("tile", [1, 600, 3000])
+@pytest.mark.parametrize("selected", [4, 12])
+def test_bags_of_several_tiles_give_what_one_gives(monkeypatch, tile, selected):
+    arguments = problem(0, torch.float32, queries=64, keys=60, lists="all", selected=selected)
+    monkeypatch.setattr(select_bags, "TILE", tile)
+    assert_agree(arguments, "gather")
+
+
+def test_memory_of_bags_does_not_grow_with_tokens_squared():
+    x = torch.randn(1, 1, 4096, 8, requires_grad=True)
+    index = torch.randint(4096, (1, 1, 4096, 64)).sort(-1).values
+    assert suits_bags(x, x, index)
+    # All pairs at once are 64 MiB for each of several matrices; a few tiles and the lists are a quarter of one.
+    assert peak_bytes(lambda: select_attention(x, x, x, index, backend="gather").sum().backward()) < 5 * 4 * TILE
 
 
 def test_large_rows_select_what_small_ones_do(monkeypatch):

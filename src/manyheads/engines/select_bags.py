@@ -66,7 +66,7 @@ def bag_backward(
     batch, heads = query.shape[:2]
     shared = heads // key.shape[1]
     d_query, d_key, d_value = (
-        tensor.new_empty(batch * heads, *tensor.shape[2:], dtype=wide) for tensor in (query, key, value)
+        tensor.new_zeros(batch * heads, *tensor.shape[2:], dtype=wide) for tensor in (query, key, value)
     )
     d_scores = query.new_empty(batch * heads, *index.shape[2:], dtype=wide) if bias is not None else None
     grads, outs = (tensor.flatten(0, 1) for tensor in (grad, out))
@@ -90,8 +90,8 @@ def bag_backward(
                 d_scores[at] = listed_ds
             d_query[at] = _bags(listed_ds, listed, k).mul_(scale)
             ds = _matrix(listed_ds, listed, k.shape[1])
-        d_key[at] = (ds.mT @ q).mul_(scale)
-        d_value[at] = matrix.mT @ do
+        d_key[at[0]] += (ds.mT @ q).mul_(scale)
+        d_value[at[0]] += matrix.mT @ do
     d_key, d_value = (
         tensor.unflatten(0, (batch, heads // shared, shared)).sum(2) for tensor in (d_key, d_value)
     )  # fmt: skip
@@ -138,19 +138,24 @@ class _Lists:
 
 def _tiles(
     query: Tensor, key: Tensor, value: Tensor, index: Tensor
-) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, _Lists]]:
-    """Some heads at a time: which, (heads, queries, width), (heads, keys, width), their values and lists."""
+) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor, Tensor, _Lists]]:
+    """Some heads, or some queries of one: which, (heads, queries, width), (heads, keys, width), their values, lists."""
     wide = accumulation_dtype(query.dtype)
     heads, keys = query.shape[1], key.shape[2]
     shared, full = heads // key.shape[1], int(index.min()) >= 0
     flat, lists = query.flatten(0, 1), index.flatten(0, 1)
-    step = max(1, TILE // (query.shape[2] * keys))
+    queries = query.shape[2]
+    step, blocks = max(1, TILE // (queries * keys)), -(-queries * keys // TILE)
+    size = -(-queries // blocks)
     owners = torch.arange(len(flat)) // shared
     rows = [tensor.flatten(0, 1) for tensor in (key, value)]
     for start in range(0, len(flat), step):
-        at = slice(start, min(len(flat), start + step))
-        k, v = (tensor[at] if shared == 1 else tensor[owners[at]] for tensor in rows)
-        yield at, flat[at].to(wide), k.to(wide), v.to(wide).contiguous(), _Lists(lists[at], keys, full)
+        some = slice(start, min(len(flat), start + step))
+        k, v = (tensor[some] if shared == 1 else tensor[owners[some]] for tensor in rows)
+        k, v = k.to(wide), v.to(wide).contiguous()
+        for first in range(0, queries, size):
+            at = (some, slice(first, min(queries, first + size)))
+            yield at, flat[at].to(wide), k, v, _Lists(lists[at], keys, full)
 
 
 def _scores(q: Tensor, k: Tensor, listed: _Lists, bias: Tensor | None, scale: float) -> Tensor:
@@ -191,5 +196,5 @@ def _matrix(weights: Tensor, listed: _Lists, keys: int) -> Tensor:
     return weights.new_zeros(*listed.shape[:2], keys).scatter_add_(2, listed.keys, weights)
 
 
-def _part(bias: Tensor | None, at: slice, index: Tensor, heads: int) -> Tensor | None:
+def _part(bias: Tensor | None, at: tuple[slice, slice], index: Tensor, heads: int) -> Tensor | None:
     return None if bias is None else bias.expand(index.shape[0], heads, *index.shape[2:]).flatten(0, 1)[at]

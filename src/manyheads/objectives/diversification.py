@@ -124,6 +124,7 @@ def overfocus(weights: Tensor) -> float:
     Args:
         weights: attention weights (batch, heads, N, N).
 
+    >>> import torch
     >>> overfocus(torch.eye(4)[None, None])
     0.25
     """
